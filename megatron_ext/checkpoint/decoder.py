@@ -1,0 +1,168 @@
+"""The decoder's checkpoints: megatron-core's dist_checkpointing in the folders of the store.
+
+    step_XXXXXXXX/decoder/      weights, master weights and moments; any layout opens what any layout saved
+    step_XXXXXXXX/config.yaml   the run's configuration
+    step_XXXXXXXX/vocabulary/   what rebuilds the vocabulary
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+
+from megatron_ext.checkpoint.store import CheckpointStore, latest_checkpoint, read_metadata
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.errors import InputError
+from megatron_ext.model import Emu3Model
+from megatron_ext.optim import Optimizer
+from megatron_ext.runtime import Topology
+from megatron_ext.vocab import Vocabulary
+
+WEIGHTS = "decoder"
+
+
+def save_weights(folder: Path, model: Emu3Model, topology: Topology, vocab: Vocabulary, config_yaml: str) -> Path:
+    """Write a weights-only checkpoint (step 0) that checkpoint.init_from takes, into the store at `folder`."""
+    store = CheckpointStore(folder, 1, is_main=topology.is_main, barrier=topology.barrier, broadcast=topology.broadcast)
+    sharded = {"model": model.sharded_state_dict(prefix="model.")}
+    return store.write(
+        0, lambda body: _save(body, sharded, vocab, config_yaml, topology), {"vocabulary": vocab.identity}
+    )
+
+
+def load_weights(folder: Path, model: Emu3Model) -> None:
+    """Load a checkpoint's weights into `model`, whatever layout saved them. Optimizer state is left aside.
+
+    Raises:
+        InputError: not a checkpoint, or the checkpoint of another model.
+    """
+    state = _load(folder, {"model": model.sharded_state_dict(prefix="model.")})
+    model.load_state_dict(_strip(state["model"]))
+
+
+class DecoderCheckpoint:
+    """Saves and restores the training of one decoder in RUN_FOLDER/checkpoints."""
+
+    def __init__(
+        self,
+        section: CheckpointConfig,
+        run_folder: Path,
+        optimizer: Optimizer,
+        topology: Topology,
+        vocab: Vocabulary,
+        config_yaml: str,
+    ) -> None:
+        self.section = section
+        self.store = CheckpointStore(
+            run_folder / "checkpoints", section.keep,
+            is_main=topology.is_main, barrier=topology.barrier, broadcast=topology.broadcast,
+        )  # fmt: skip
+        self.model: Emu3Model = optimizer.model.module
+        self.inner = optimizer.inner
+        self.topology = topology
+        self.vocab = vocab
+        self.config_yaml = config_yaml
+        self.saved_step: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step`."""
+        return step % self.section.save_interval == 0
+
+    def save(self, step: int, state: dict[str, Any]) -> Path | None:
+        """Checkpoint weights, optimizer and `state` (JSON data). Returns the folder; None where `step` is saved already."""
+        if step == self.saved_step:
+            return None
+
+        def write(folder: Path) -> None:
+            sharded = self._sharded_state(is_loading=False)
+            _save(folder, sharded, self.vocab, self.config_yaml, self.topology)
+
+        folder = self.store.write(step, write, {"train_state": state, "vocabulary": self.vocab.identity})
+        self.saved_step = step
+        return folder
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """Restore the run's newest checkpoint and return its `state`; None where the run has none.
+
+        Raises:
+            InputError: the checkpoint is damaged, or belongs to another model or vocabulary.
+        """
+        folder = self.store.latest()
+        return None if folder is None else self._restore(folder)
+
+    def load_initial(self, folder: Path) -> None:
+        """Take only the weights of a checkpoint: a step_XXXXXXXX folder, or a `checkpoints` folder for its newest.
+
+        Raises:
+            InputError: no complete checkpoint, or one of another model or vocabulary.
+        """
+        folder = latest_checkpoint(folder) or folder
+        self._check_vocabulary(folder, read_metadata(folder))
+        load_weights(folder, self.model)
+
+    def _restore(self, folder: Path) -> dict[str, Any]:
+        metadata = read_metadata(folder)
+        self._check_vocabulary(folder, metadata)
+        for optimizer in self.inner.chained_optimizers:
+            # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
+            optimizer._init_optimizer_states_with_dummy_values()
+        state = _load(folder, self._sharded_state(is_loading=True))
+        self.model.load_state_dict(_strip(state["model"]))
+        self.inner.load_state_dict(state["optimizer"])
+        for optimizer in self.inner.chained_optimizers:
+            unshare_adam_steps(optimizer.optimizer)
+        self.saved_step = metadata["step"]
+        return metadata["train_state"]
+
+    def _check_vocabulary(self, folder: Path, metadata: dict[str, Any]) -> None:
+        if metadata["vocabulary"] != self.vocab.identity:
+            raise InputError(
+                f"{folder} was trained with vocabulary {metadata['vocabulary']}, this run has {self.vocab.identity}: "
+                "use the vocabulary of the checkpoint, or another checkpoint or observe.run_dir"
+            )
+
+    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+        model_state = self.model.sharded_state_dict(prefix="model.")
+        metadata = {
+            "distrib_optim_sharding_type": "fully_reshardable",
+            # Gathers over gloo to data rank 0 in host memory: works without a GPU, and spares the memory of one.
+            "distrib_optim_fully_reshardable_mem_efficient": True,
+            "dp_cp_group": self.topology.groups.dp_cp,
+        }
+        optimizer_state = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+
+def unshare_adam_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its own Adam `step` after a load.
+
+    megatron-core 0.16.1 (distrib_optimizer.py:821) and 0.19.2 (:1027) store ONE tensor as the step of all parameters; torch's
+    AdamW then advances it once per parameter, and bias correction is silently wrong from the first resumed step on.
+    """
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"] = state["step"].clone()
+
+
+def _save(folder: Path, sharded: dict[str, Any], vocab: Vocabulary, config_yaml: str, topology: Topology) -> None:
+    body = folder / WEIGHTS
+    if topology.is_main:
+        body.mkdir()
+        (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        vocab.save(folder / "vocabulary")
+    topology.barrier()
+    dist_checkpointing.save(sharded, str(body), validate_access_integrity=False)
+
+
+def _load(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
+    read_metadata(folder)
+    try:
+        return dist_checkpointing.load(sharded, str(Path(folder) / WEIGHTS), validate_access_integrity=False)
+    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{folder} does not fit this model ({reason}): use the model section of its config.yaml") from error
+
+
+def _strip(state: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix("model."): value for key, value in state.items()}

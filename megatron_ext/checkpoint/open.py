@@ -1,0 +1,64 @@
+"""Open a decoder checkpoint outside of training: for export and generation, in one process."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_ext.checkpoint.decoder import load_weights
+from megatron_ext.checkpoint.store import LATEST, latest_checkpoint
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.model import Emu3Model, build_model
+from megatron_ext.runtime import Topology
+from megatron_ext.vocab import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedCheckpoint:
+    """A decoder with its weights, and what it was trained with."""
+
+    model: Emu3Model
+    vocab: Vocabulary
+    seq_length: int
+    """Ids in a training window: how far positions have been seen."""
+
+
+def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
+    """The decoder of a step_XXXXXXXX folder, of the newest one in a `checkpoints` folder, or of a run folder.
+
+    Raises:
+        InputError: no checkpoint there, or one that cannot be read.
+    """
+    folder = find_checkpoint(folder)
+    config = _read_config(folder / "config.yaml")
+    vocab = Vocabulary.from_folder(folder / "vocabulary")
+    model = build_model(ModelConfig(**config["model"]), ParallelConfig(), vocab.layout, topology, seed=0)
+    load_weights(folder, model)
+    return OpenedCheckpoint(model=model.eval(), vocab=vocab, seq_length=config["train"]["seq_length"])
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """The step folder that `folder` is, or the newest one below it.
+
+    Raises:
+        InputError: there is none.
+    """
+    folder = Path(folder)
+    for root in (folder, folder / "checkpoints"):
+        if (root / LATEST).is_file():
+            return latest_checkpoint(root)
+    if not (folder / "config.yaml").is_file():
+        raise InputError(f"checkpoint {str(folder)!r}: give a step_XXXXXXXX folder, or the folder that holds `latest`")
+    return folder
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config["model"], config["train"]["seq_length"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); use a checkpoint that pretraining wrote") from None
+    return config

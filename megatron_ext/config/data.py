@@ -1,0 +1,35 @@
+"""Section `data`: what is trained on, and how documents share a window."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One indexed dataset of a blend."""
+
+    prefix: str
+    """Path of the .bin/.idx pair without its suffix."""
+
+    weight: float = 1.0
+    """Share of the windows, relative to the other datasets' weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on, and how documents share a window."""
+
+    train: tuple[DatasetConfig, ...] = ()
+    """Datasets of the training blend: a list of {prefix, weight}."""
+
+    valid: tuple[DatasetConfig, ...] = ()
+    """Held-out datasets for evaluation; empty turns evaluation off."""
+
+    attention_scope: Literal["document", "window"] = "document"
+    """What a token may attend to: its own document, or everything before it in the window (as Emu3 trained)."""
+
+    document_alignment: int = 1
+    """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x context_parallel_size."""
+
+    cache_dir: str | None = None
+    """Folder of the packing index; empty puts it beside the first dataset."""

@@ -1,0 +1,87 @@
+"""Read a configuration dataclass: defaults < YAML file(s), left to right < command line.
+
+jsonargparse does the parsing; this module fixes its settings (the sentence under a field is its --help text),
+turns its errors into one line, and names the nearest key when one is unknown.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from typing import Any, TypeVar
+
+import jsonargparse
+import yaml
+
+from megatron_ext.config.errors import InputError
+
+Config = TypeVar("Config")
+
+jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+def load(config_type: type[Config], argv: list[str], *, prog: str | None = None) -> Config:
+    """The frozen dataclass `config_type` as `argv` (without the program's name) describes it.
+
+    `--config FILE` may be given several times; `--print_config` prints the result as YAML and exits with 0.
+
+    Raises:
+        InputError: an unknown key (with the nearest known one), a wrong type, an unreadable file.
+    """
+    parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win.")
+    parser.add_class_arguments(config_type, nested_key=None)
+    parser.description = (config_type.__doc__ or "").strip()
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except jsonargparse.ArgumentError as error:
+        raise InputError(_explain(str(error), config_type)) from None
+    return config_type(**{field.name: getattr(values, field.name) for field in dataclasses.fields(config_type)})
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain data that YAML and JSON can hold: tuples become lists."""
+    if dataclasses.is_dataclass(config):
+        return {field.name: as_dict(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    if isinstance(config, (list, tuple)):
+        return [as_dict(item) for item in config]
+    return config
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as the YAML text that `load` reads back to the same object."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(config_type: type) -> list[str]:
+    """Dotted names of all fields, sections and the items of lists included: `data.train.prefix`."""
+    keys = []
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        keys.append(field.name)
+        for inner in (hints[field.name], *typing.get_args(hints[field.name])):
+            if dataclasses.is_dataclass(inner):
+                keys += [f"{field.name}.{key}" for key in known_keys(inner)]
+    return keys
+
+
+def _explain(message: str, config_type: type) -> str:
+    """jsonargparse's message on one line, with the nearest known key when it names an unknown one."""
+    message = re.sub(r"\s*\n\s*", " ", message.strip())
+    unknown = re.search(
+        r"unrecognized arguments: --(?P<argument>[\w.]+)"
+        r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<field>\w+)'"
+        r"|Option '(?P<option>[\w.]+)' is not accepted",
+        message,
+    )
+    if not unknown:
+        return message
+    key = unknown["argument"] or unknown["option"] or f"{unknown['group']}.{unknown['field']}"
+    # A key inside a list item is reported without its path: compare the last part too.
+    known = known_keys(config_type)
+    by_tail = {name.rsplit(".", 1)[-1]: name for name in known}
+    nearest = difflib.get_close_matches(key, known, n=1) or [
+        by_tail[tail] for tail in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_tail, n=1)
+    ]
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "--help lists the known keys"
+    return f"unknown configuration key {key!r}: {hint}"

@@ -1,0 +1,110 @@
+"""Rules that span sections, as a table. What one section can check alone, its room checks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: broken where `broken(config, world_size)` holds."""
+
+    broken: Callable[[RunConfig, int], bool]
+    message: Callable[[RunConfig, int], str]
+    """Names the fields, their values and the fix, in one line."""
+
+
+def _data_parallel_size(config: RunConfig, world_size: int) -> int:
+    return max(1, world_size // (config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size))
+
+
+def _samples_per_microstep(config: RunConfig, world_size: int) -> int:
+    return config.train.micro_batch_size * _data_parallel_size(config, world_size)
+
+
+def _sequence_divisor(config: RunConfig) -> int:
+    """A row must divide into zig-zag chunks per context rank, and those over the tensor axis under sequence parallelism."""
+    context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
+    return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
+
+
+RULES = (
+    Rule(
+        lambda c, n: min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1,
+        lambda c, n: (
+            f"train.micro_batch_size {c.train.micro_batch_size}, train.global_batch_size {c.train.global_batch_size}, "
+            f"train.train_steps {c.train.train_steps}, train.seq_length {c.train.seq_length}: each must be at least 1"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.global_batch_size % _samples_per_microstep(c, n) != 0,
+        lambda c, n: (
+            f"train.global_batch_size {c.train.global_batch_size} is not a multiple of train.micro_batch_size "
+            f"{c.train.micro_batch_size} x data-parallel size {_data_parallel_size(c, n)}: "
+            f"use a multiple of {_samples_per_microstep(c, n)}"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.seq_length % _sequence_divisor(c) != 0,
+        lambda c, n: (
+            f"train.seq_length {c.train.seq_length} does not divide over parallel.context_parallel_size "
+            f"{c.parallel.context_parallel_size} and the tensor axis: use a multiple of {_sequence_divisor(c)}"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.data.attention_scope == "document"
+        and c.parallel.context_parallel_size > 1
+        and c.data.document_alignment % (2 * c.parallel.context_parallel_size) != 0,
+        lambda c, n: (
+            f"data.document_alignment {c.data.document_alignment} with data.attention_scope document and "
+            f"parallel.context_parallel_size {c.parallel.context_parallel_size}: "
+            f"use a multiple of {2 * c.parallel.context_parallel_size}"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.seq_length % max(1, c.data.document_alignment) != 0 or c.data.document_alignment < 1,
+        lambda c, n: (
+            f"data.document_alignment {c.data.document_alignment} does not divide train.seq_length {c.train.seq_length}: "
+            "use a divisor of it"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.global_batch_size * c.train.seq_length * 100 >= 2**31 and c.objective.vision_loss_weight % 0.5,
+        lambda c, n: (
+            f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} at "
+            f"objective.vision_loss_weight {c.objective.vision_loss_weight} can pass 2^31, the largest count that "
+            "megatron-core adds up: use a smaller batch or a weight with a smaller denominator, such as 0.5"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.global_batch_size * c.train.seq_length * 2 >= 2**31,
+        lambda c, n: (
+            f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} can pass 2^31 "
+            "weighted tokens, the largest count that megatron-core adds up: use a smaller batch"
+        ),
+    ),
+    Rule(
+        lambda c, n: not c.data.train,
+        lambda c, n: "data.train is empty: give a list of {prefix, weight}, as tools/preprocess_data.py wrote them",
+    ),
+    Rule(
+        lambda c, n: c.train.eval_interval > 0 and not c.data.valid,
+        lambda c, n: (
+            f"train.eval_interval {c.train.eval_interval} with an empty data.valid: "
+            "give held-out datasets or set train.eval_interval to 0"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.checkpoint.save_interval < 1,
+        lambda c, n: f"checkpoint.save_interval {c.checkpoint.save_interval}: use at least 1",
+    ),
+)
+
+
+def validate(config: RunConfig, world_size: int) -> None:
+    """Raise InputError with the first broken rule."""
+    for rule in RULES:
+        if rule.broken(config, world_size):
+            raise InputError(rule.message(config, world_size))

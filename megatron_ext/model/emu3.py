@@ -1,0 +1,182 @@
+"""The Emu3 decoder: section `model` -> TransformerConfig -> megatron-core's GPTModel, unmodified.
+
+Shape legend: B rows (always 1: a micro-batch is one packed row), T tokens of this rank's share of the row, S the same in
+megatron-core's sequence-first order, V this tensor rank's share of the padded vocabulary.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.data.batch import Batch
+from megatron_ext.model.initialize import initialize_weights
+from megatron_ext.model.specs import layer_specs
+from megatron_ext.runtime import Topology, seed_microbatch
+from megatron_ext.vocab import VocabLayout
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """Everything about the decoder that its weights and outputs depend on. Names are megatron-core's."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    qk_layernorm: bool = False
+    rotary_base: float = 1_000_000.0
+    layernorm_epsilon: float = 1e-5
+    init_method_std: float = 0.02
+    """Every matrix is drawn from N(0, this), output projections too (Emu3's modeling_emu3.py, _init_weights)."""
+    attention_dropout: float = 0.1
+    hidden_dropout: float = 0.1
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "DecoderShape":
+        """The preset with the section's overrides. Raises InputError for a shape that cannot be built."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        overrides = {k: v for k, v in vars(model).items() if k in names and v is not None}
+        shape = dataclasses.replace(PRESETS[model.preset], **overrides)
+        if shape.num_attention_heads % shape.num_query_groups:
+            raise InputError(
+                f"model.num_attention_heads {shape.num_attention_heads} is not a multiple of "
+                f"model.num_query_groups {shape.num_query_groups}: change one of them"
+            )
+        return shape
+
+
+# emu3_8b: Emu3 (arXiv 2409.18869) table 3 and its configuration_emu3.py; emu3_5_34b: Emu3.5 (arXiv 2510.26583) table 1.
+PRESETS = {
+    "tiny": DecoderShape(
+        num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=4, num_query_groups=2, kv_channels=64
+    ),
+    "emu3_8b": DecoderShape(
+        num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8, kv_channels=128
+    ),
+    "emu3_5_34b": DecoderShape(
+        num_layers=64, hidden_size=5120, ffn_hidden_size=25600, num_attention_heads=64, num_query_groups=8,
+        kv_channels=128, qk_layernorm=True,
+    ),
+}  # fmt: skip
+
+
+def pad_vocabulary(size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and the head: the next multiple of 128 per tensor rank (megatron-core's divisor)."""
+    multiple = 128 * tensor_parallel_size
+    return -(-size // multiple) * multiple
+
+
+class Emu3Model(GPTModel):
+    """GPTModel that takes packed batches and leaves the padded vocabulary rows out of the softmax."""
+
+    def __init__(self, config: TransformerConfig, shape: DecoderShape, layout: VocabLayout, topology: Topology) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=layer_specs(config, topology.device),
+            vocab_size=pad_vocabulary(layout.size, topology.tensor_parallel_size),
+            max_sequence_length=0,  # only learned positions would read it
+            position_embedding_type="rope",
+            rotary_base=shape.rotary_base,
+            share_embeddings_and_output_weights=False,
+            pg_collection=topology.groups,
+        )
+        self.shape = shape
+        self.layout = layout
+        rows = self.vocab_size // topology.tensor_parallel_size
+        self.real_rows = min(rows, max(0, layout.size - topology.tensor_parallel_rank * rows))
+
+    def forward_batch(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
+        """Cross entropy per token, loss_BT in fp32; without `with_loss`, logits_BTV of this tensor rank's rows."""
+        packed = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=batch.cu_seqlens,
+            cu_seqlens_kv=batch.cu_seqlens,
+            max_seqlen_q=batch.max_seqlen,
+            max_seqlen_kv=batch.max_seqlen,
+        )
+        return self(
+            input_ids=batch.tokens_BT,
+            position_ids=batch.position_ids_BT,
+            attention_mask=None,
+            labels=batch.labels_BT if with_loss else None,
+            packed_seq_params=packed,
+        )
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """Cross entropy of labels_BT under logits_SBV; a padded row can be neither label nor alternative."""
+        logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
+        return super().compute_language_model_loss(labels, logits)
+
+
+def transformer_config(shape: DecoderShape, parallel: ParallelConfig, topology: Topology) -> TransformerConfig:
+    """megatron-core's configuration of the decoder."""
+    fused = topology.device.type != "cpu"  # on a CPU these fusions would run torch.compile, which needs a compiler
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.kv_channels,
+        qk_layernorm=shape.qk_layernorm,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.layernorm_epsilon,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=shape.attention_dropout,
+        hidden_dropout=shape.hidden_dropout,
+        # model/initialize.py draws the weights. megatron-core must still "initialize" them: only then does it mark which
+        # are sharded (tensor_parallel/layers.py, set_tensor_model_parallel_attributes).
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        use_cpu_initialization=topology.device.type == "cpu",
+        params_dtype=topology.dtype,
+        bf16=topology.dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # The sum of weighted losses is divided once, by the weight of the whole global batch (finalize_model_grads.py).
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        apply_rope_fusion=fused,
+    )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight
+
+
+def build_model(
+    model: ModelConfig, parallel: ParallelConfig, layout: VocabLayout, topology: Topology, seed: int
+) -> Emu3Model:
+    """The decoder on this rank's device, its weights a function of `seed` alone.
+
+    Raises:
+        InputError: the shape does not divide over the tensor axis.
+    """
+    shape = DecoderShape.of(model)
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(shape, name) % topology.tensor_parallel_size:
+            raise InputError(
+                f"model.{name} {getattr(shape, name)} is not a multiple of "
+                f"parallel.tensor_model_parallel_size {topology.tensor_parallel_size}: change one of them"
+            )
+    seed_microbatch(seed, 0, 0, topology)  # modules enter the random streams while they are built
+    decoder = Emu3Model(transformer_config(shape, parallel, topology), shape, layout, topology).to(topology.device)
+    initialize_weights(decoder, std=shape.init_method_std, vocab_size=layout.size, seed=seed, topology=topology)
+    return decoder

@@ -1,0 +1,105 @@
+"""AdamW on megatron-core's DistributedOptimizer, also at data-parallel size 1: its checkpoints and a plain optimizer's do
+not interchange.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.model import Emu3Model
+from megatron_ext.optim.schedule import learning_rate
+from megatron_ext.runtime import Topology
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+    learning_rate: float
+
+
+class Optimizer:
+    """The decoder wrapped for gradient reduction, its optimizer and its schedule."""
+
+    def __init__(self, optim: OptimConfig, model: DistributedDataParallel, inner: MegatronOptimizer, steps: int) -> None:
+        self.optim = optim
+        self.model = model
+        self.inner = inner
+        self.decay_steps = optim.lr_decay_steps or steps
+
+    def zero_grad(self) -> None:
+        """Clear the gradient buffers."""
+        self.model.zero_grad_buffer()
+        self.inner.zero_grad()
+
+    def learning_rate(self, step: int) -> float:
+        """Learning rate of optimizer step `step` (the first is 1)."""
+        return learning_rate(
+            step,
+            peak=self.optim.lr,
+            minimum=self.optim.min_lr,
+            warmup_steps=self.optim.lr_warmup_steps,
+            decay_steps=self.decay_steps,
+            style=self.optim.lr_decay_style,
+        )
+
+    def step(self, step: int) -> StepResult:
+        """Clip, update the weights, gather them on every data rank. Gradients must have been finalized."""
+        rate = self.learning_rate(step)
+        for group in self.inner.param_groups:
+            group["lr"] = rate
+        _, grad_norm, _ = self.inner.step()
+        return StepResult(grad_norm=float(grad_norm), learning_rate=rate)
+
+
+def build_optimizer(
+    optim: OptimConfig, parallel: ParallelConfig, model: Emu3Model, topology: Topology, steps: int
+) -> Optimizer:
+    """The optimizer of `model`; norms (one-dimensional weights) have no weight decay. `steps`: length of the run.
+
+    Raises:
+        InputError: the schedule contradicts itself.
+    """
+    decay_steps = optim.lr_decay_steps or steps
+    if optim.lr_decay_style != "constant" and optim.lr_warmup_steps >= decay_steps:
+        raise InputError(
+            f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {decay_steps} steps of the decay: "
+            "shorten the warm-up or set optim.lr_decay_steps"
+        )
+    wrapped = DistributedDataParallel(
+        config=model.config,
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            grad_reduce_in_fp32=True,
+        ),
+        module=model,
+        pg_collection=topology.groups,
+    )
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=topology.dtype == torch.bfloat16,
+        params_dtype=topology.dtype,
+        use_distributed_optimizer=True,
+    )
+    inner = get_megatron_optimizer(config, [wrapped])
+    model.config.finalize_model_grads_func = finalize_model_grads
+    model.config.no_sync_func = wrapped.no_sync
+    return Optimizer(optim, wrapped, inner, steps)

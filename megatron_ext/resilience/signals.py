@@ -1,0 +1,36 @@
+"""SIGTERM and SIGINT become a request to save and stop."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+
+class StopRequest:
+    """Set by the first signal; a second one of the same kind acts as if nothing had been installed."""
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether this rank was told to stop."""
+        return self.signal_name is not None
+
+    @classmethod
+    @contextlib.contextmanager
+    def on_signals(cls, *numbers: signal.Signals) -> Iterator["StopRequest"]:
+        """Listen to `numbers` while open, then restore what was installed before."""
+        request = cls()
+        previous = {number: signal.getsignal(number) for number in numbers}
+
+        def receive(number: int, frame: object) -> None:
+            request.signal_name = signal.Signals(number).name
+            signal.signal(number, previous[number])
+
+        for number in numbers:
+            signal.signal(number, receive)
+        try:
+            yield request
+        finally:
+            for number in numbers:
+                signal.signal(number, previous[number])

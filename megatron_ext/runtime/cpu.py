@@ -1,0 +1,214 @@
+"""megatron-core on a CPU: the table of adaptations, by version.
+
+megatron-core itself is never edited. Where no GPU is visible, `adapt_to_cpu()` binds the replacements below to the names
+that megatron-core's modules look up. With a GPU it does nothing. Each row says what is replaced, where it stands
+upstream, why, and which test fails without it.
+"""
+
+import contextlib
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.runtime.torch_proxy import TorchOnCpu, cuda_type_names
+
+SUPPORTED = ("0.16.1", "0.19.2")
+
+# Imported before the proxy is bound: a module that megatron-core would import later would see the real torch.
+MODULES = (
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "megatron.core.models.gpt.gpt_model",
+    "megatron.core.transformer.transformer_layer",
+    "megatron.core.distributed",
+    "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.optimizer",
+    "megatron.core.optimizer.distrib_optimizer",
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.dist_checkpointing",
+    "megatron.core.dist_checkpointing.strategies.torch",
+    "megatron.core.dist_checkpointing.strategies.filesystem_async",
+    "megatron.core.dist_checkpointing.strategies.state_dict_saver",
+    "megatron.core.dist_checkpointing.strategies.async_utils",
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adaptation:
+    """One replaced name of megatron-core."""
+
+    symbol: str
+    """Dotted name of the replaced attribute; "*.torch" is the global `torch` of every loaded megatron-core module."""
+
+    build: Callable[[Any], Any]
+    """Takes the original, returns the replacement."""
+
+    upstream: str
+    """Where the reason stands, file and line of 0.16.1."""
+
+    why: str
+    test: str
+    """The test that fails without this row."""
+
+
+def _cpu_rng_state(original: Any) -> Any:
+    return lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+
+
+def _set_cpu_rng_state(original: Any) -> Any:
+    return lambda new_state, device=-1, graph_safe=False: torch.set_rng_state(new_state)
+
+
+def _cpu_fork(original: Any) -> Any:
+    """`CudaRNGStatesTracker.fork` with one generator: entering swaps its state, leaving swaps it back."""
+
+    @contextlib.contextmanager
+    def fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
+        if name not in self.states_:
+            raise RuntimeError(f"random state {name!r} was not added to the tracker")
+        outer, outer_name = torch.get_rng_state(), self._current_state_name
+        torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+            self._current_state_name = outer_name
+
+    return fork
+
+
+def _clip_on_cpu(original: Any) -> Any:
+    def clip_grad_by_total_norm_fp32(
+        parameters: Any, max_norm: float, total_norm: float, use_decoupled_grad: bool = False
+    ) -> None:
+        coefficient = max_norm / (total_norm + 1e-6)
+        if coefficient < 1.0:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], coefficient)
+
+    return clip_grad_by_total_norm_fp32
+
+
+def _set_adamw_states(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """`DistributedOptimizer._set_main_param_and_optimizer_states` for torch's AdamW."""
+    group_index, group_order = self.model_param_group_index_map[model_param]
+    main_param = self.optimizer.param_groups[group_index]["params"][group_order]
+    with torch.no_grad():
+        main_param.copy_(tensors["param"])
+        for name in ("exp_avg", "exp_avg_sq"):
+            self.optimizer.state[main_param][name].copy_(tensors[name])
+
+
+def _under_cuda_type_names(original: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with cuda_type_names():
+            return original(*args, **kwargs)
+
+    return wrapped
+
+
+TABLE = (
+    Adaptation(
+        symbol="*.torch",
+        build=lambda original: TorchOnCpu(),
+        upstream="tensor_parallel/mappings.py:91, pipeline_parallel/schedules.py:596, optimizer/optimizer.py:473, ...",
+        why="buffers and counters are allocated with device literals that name CUDA",
+        test="tests/distributed/test_layouts.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.tensor_parallel.random._get_cuda_rng_state",
+        build=_cpu_rng_state,
+        upstream="tensor_parallel/random.py:42",
+        why="recomputation saves the state of the CUDA generator",
+        test="tests/unit/runtime/test_cpu.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.tensor_parallel.random._set_cuda_rng_state",
+        build=_set_cpu_rng_state,
+        upstream="tensor_parallel/random.py:76",
+        why="the tracker and recomputation restore the state of the CUDA generator",
+        test="tests/unit/runtime/test_cpu.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
+        build=_cpu_fork,
+        upstream="tensor_parallel/random.py:245",
+        why="upstream assumes separate CPU and CUDA generators and warns when the CPU's moves",
+        test="tests/unit/runtime/test_cpu.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
+        build=_clip_on_cpu,
+        upstream="optimizer/clip_grads.py:167",
+        why="asserts that gradients are torch.cuda.FloatTensor",
+        test="tests/distributed/test_layouts.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.__init__",
+        build=_under_cuda_type_names,
+        upstream="optimizer/distrib_optimizer.py:361,420,582",
+        why="sorts parameters by comparing tensor.type() with CUDA type names",
+        test="tests/distributed/test_layouts.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+        build=lambda original: _set_adamw_states,
+        upstream="optimizer/distrib_optimizer.py:939",
+        why="torch's AdamW keeps a `step` beside the moments, which checkpoints do not hold per parameter: KeyError on load",
+        test="tests/distributed/test_resume.py",
+    ),
+)
+
+
+def check_version() -> str:
+    """The installed megatron-core version. Raises InputError for one that this table was not written for."""
+    version = importlib.metadata.version("megatron-core")
+    if version not in SUPPORTED:
+        raise InputError(
+            f"megatron-core {version} is not supported: install one of {', '.join(SUPPORTED)}, "
+            "or extend the table in megatron_ext/runtime/cpu.py and its tests"
+        )
+    return version
+
+
+def adapt_to_cpu() -> None:
+    """Apply the table once per process. Does nothing where a GPU is visible."""
+    check_version()
+    if torch.cuda.is_available():
+        return
+    for module in MODULES:
+        importlib.import_module(module)
+    for row in TABLE:
+        for owner, name in _owners(row.symbol):
+            original = vars(owner)[name]
+            if not getattr(original, "_adapted_to_cpu", False):
+                setattr(owner, name, _marked(row.build(original)))
+
+
+def _owners(symbol: str) -> list[tuple[Any, str]]:
+    """The objects that hold the name: a module or class, or every loaded megatron-core module for "*"."""
+    path, name = symbol.rsplit(".", 1)
+    if path == "*":
+        loaded = [module for key, module in sys.modules.items() if key.startswith("megatron.core")]
+        return [(module, name) for module in loaded if vars(module).get(name) is torch]
+    parts = path.split(".")
+    for cut in range(len(parts), 0, -1):
+        owner = sys.modules.get(".".join(parts[:cut]))
+        if owner is not None:
+            for part in parts[cut:]:
+                owner = getattr(owner, part)
+            return [(owner, name)]
+    raise AttributeError(f"megatron-core has no {symbol}")
+
+
+def _marked(replacement: Any) -> Any:
+    replacement._adapted_to_cpu = True
+    return replacement

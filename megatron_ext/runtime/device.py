@@ -1,0 +1,59 @@
+"""The torch device and what depends on its kind: backend, synchronization, memory, threads."""
+
+import os
+
+import torch
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.runtime import RuntimeConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
+    """The device of this rank. Raises InputError when CUDA is asked for and absent."""
+    if runtime.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("runtime.device is 'cuda' and no GPU is visible: set runtime.device to cpu or auto")
+    if runtime.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"local rank {local_rank} has no GPU of its own ({torch.cuda.device_count()} visible): "
+            "start at most one rank per GPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def backend_for(device: torch.device) -> str:
+    """Name of the torch.distributed backend. CUDA ranks keep gloo for objects and CPU tensors."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def bind(device: torch.device) -> None:
+    """Make `device` the current one for code that asks torch for it."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued kernels, so that a clock read afterwards is honest. Nothing is queued on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory in use so far: allocator peak on CUDA, resident set of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def set_threads(runtime: RuntimeConfig, device: torch.device, local_world_size: int) -> int:
+    """Share the cores among the ranks of a machine: two ranks of all cores each halve each other's speed."""
+    cores = len(os.sched_getaffinity(0))
+    threads = runtime.num_threads or max(1, cores // local_world_size)
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+    return threads

@@ -1,0 +1,135 @@
+"""Start and stop torch.distributed and megatron-core's process groups; the result is a `Topology`."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.runtime.cpu import adapt_to_cpu
+from megatron_ext.runtime.device import PRECISIONS, backend_for, bind, choose_device, set_threads
+
+
+@dataclass(frozen=True, kw_only=True)
+class Topology:
+    """Where this rank stands. An axis is parallel (tensor, context, data); every other room is given this, none fetches groups."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Type of weights and activations."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_rank: int
+    tensor_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    groups: ProcessGroupCollection
+    num_threads: int
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes what only one may write."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on at least one rank; the same answer everywhere."""
+        if self.world_size == 1:
+            return flag
+        seen = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return bool(seen.item())
+
+    @staticmethod
+    @contextlib.contextmanager
+    def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> Iterator["Topology"]:
+        """Join the ranks that torchrun started (one process without it) and lay the parallel axes over them.
+
+        Raises:
+            InputError: the parallel sizes do not divide the world size, or the device is not to be had.
+        """
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        check_layout(parallel, world_size)
+        device = choose_device(runtime, local_rank)
+        adapt_to_cpu()
+        num_threads = set_threads(runtime, device, local_world_size)
+        bind(device)
+        _join(runtime, device, rank, world_size)
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+                context_parallel_size=parallel.context_parallel_size,
+            )
+            yield _describe(runtime, device, num_threads)
+            # gloo aborts the process when a peer is gone before its last message was read: leave together.
+            dist.barrier()
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def check_layout(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise InputError unless the parallel sizes lay out over `world_size` ranks."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if tensor < 1 or context < 1 or world_size % (tensor * context):
+        raise InputError(
+            f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
+            f"the {world_size} ranks that were started: change the sizes or start a multiple of {tensor * context} ranks"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        raise InputError(
+            "parallel.sequence_parallel is true with parallel.tensor_model_parallel_size 1: "
+            "there is no tensor axis to split along, set it to false"
+        )
+
+
+def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: int) -> None:
+    timeout = datetime.timedelta(seconds=runtime.distributed_timeout_s)
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend_for(device), timeout=timeout)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _describe(runtime: RuntimeConfig, device: torch.device, num_threads: int) -> Topology:
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Topology(
+        device=device,
+        dtype=PRECISIONS[runtime.precision],
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tensor_parallel_rank=groups.tp.rank(),
+        tensor_parallel_size=groups.tp.size(),
+        context_parallel_rank=groups.cp.rank(),
+        context_parallel_size=groups.cp.size(),
+        data_parallel_rank=groups.dp.rank(),
+        data_parallel_size=groups.dp.size(),
+        groups=groups,
+        num_threads=num_threads,
+    )

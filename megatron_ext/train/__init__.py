@@ -1,0 +1,7 @@
+"""The training loop."""
+
+from megatron_ext.train.initial import resume_or_init
+from megatron_ext.train.loop import Trainer
+from megatron_ext.train.state import TrainState
+
+__all__ = ["TrainState", "Trainer", "resume_or_init"]

@@ -1,0 +1,127 @@
+"""Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
+
+import signal
+import time
+
+import torch
+
+from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+from megatron_ext.config.train import TrainConfig
+from megatron_ext.data.loader import Data
+from megatron_ext.objectives import Objective
+from megatron_ext.observe import Run
+from megatron_ext.optim import Optimizer
+from megatron_ext.resilience import StopRequest
+from megatron_ext.runtime import Topology
+from megatron_ext.runtime.device import peak_memory_bytes, synchronize
+from megatron_ext.train.state import TrainState
+from megatron_ext.train.step import MicrobatchRunner
+
+
+class Trainer:
+    """Trains a decoder to the last step of its run."""
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        data: Data,
+        objective: Objective,
+        optimizer: Optimizer,
+        checkpoint: DecoderCheckpoint,
+        topology: Topology,
+        run: Run,
+    ) -> None:
+        self.train = train
+        self.data = data
+        self.optimizer = optimizer
+        self.checkpoint = checkpoint
+        self.topology = topology
+        self.run = run
+        self.runner = MicrobatchRunner(optimizer.model, objective, topology, seed=train.seed)
+
+    def fit(self, state: TrainState) -> TrainState:
+        """Train until the last step, the exit interval or a signal. The state reached is saved."""
+        self.run.truncate_after(state.step)
+        if state.step >= self.train.train_steps:
+            self.run.console.print(f"nothing to do: step {state.step} of {self.train.train_steps} is done")
+            return state
+        with StopRequest.on_signals(signal.SIGTERM, signal.SIGINT) as stop:
+            self._dry_step(state)
+            while state.step < self.train.train_steps:
+                state = self._train_step(state)
+                if self.train.eval_interval and state.step % self.train.eval_interval == 0:
+                    self._evaluate(state)
+                if self._reason_to_stop(state, stop):
+                    break
+                if self.checkpoint.is_due(state.step):
+                    self._save(state)
+            self._save(state)
+        return state
+
+    def _dry_step(self, state: TrainState) -> None:
+        """One microbatch forward and backward at full shape, thrown away: what cannot fit fails before the first step."""
+        train = self.data.train
+        self.optimizer.zero_grad()
+        self.runner.run(train.microbatches(state.consumed_samples)[:1], train.dataset_names, step=state.step)
+
+    def _train_step(self, state: TrainState) -> TrainState:
+        """One optimizer step and its line in the log."""
+        started = time.perf_counter()
+        microbatches = self.data.train.microbatches(state.consumed_samples)
+        loaded = time.perf_counter()
+        self.optimizer.zero_grad()
+        losses = self.runner.run(microbatches, self.data.train.dataset_names, step=state.step)
+        result = self.optimizer.step(state.step + 1)
+        synchronize(self.topology.device)
+        seconds = time.perf_counter() - started
+        state = state.advance(self.train.global_batch_size, self.train.seq_length)
+        self.run.log_metrics(
+            {
+                "step": state.step,
+                **losses,
+                "grad_norm": result.grad_norm,
+                "learning_rate": result.learning_rate,
+                "consumed_samples": state.consumed_samples,
+                "consumed_tokens": state.consumed_tokens,
+                "timing": {
+                    "tokens_per_second": self.train.global_batch_size * self.train.seq_length / seconds,
+                    "step_seconds": seconds,
+                    "data_seconds": loaded - started,
+                    "peak_memory_gib": peak_memory_bytes(self.topology.device) / 2**30,
+                },
+            }
+        )
+        return state
+
+    def _evaluate(self, state: TrainState) -> None:
+        """Losses on the first global batches of the held-out blend, always the same ones."""
+        started = time.perf_counter()
+        valid = self.data.valid
+        microbatches = [
+            microbatch
+            for index in range(self.train.eval_steps)
+            for microbatch in valid.microbatches(index * self.train.global_batch_size)
+        ]
+        self.optimizer.model.eval()
+        with torch.no_grad():
+            losses = self.runner.run(microbatches, valid.dataset_names, step=state.step, forward_only=True)
+        self.optimizer.model.train()
+        named = {f"valid_{name}": value for name, value in losses.items()}
+        self.run.log_metrics({"step": state.step, **named, "timing": {"eval_seconds": time.perf_counter() - started}})
+
+    def _reason_to_stop(self, state: TrainState, stop: StopRequest) -> bool:
+        """Whether to save and stop here, agreed across ranks."""
+        if self.topology.any(stop.requested):
+            self.run.log_event("stop", step=state.step, reason=stop.signal_name or "signal on another rank")
+            return True
+        if self.train.exit_interval and state.step % self.train.exit_interval == 0:
+            self.run.log_event("stop", step=state.step, reason=f"train.exit_interval {self.train.exit_interval}")
+            return True
+        return False
+
+    def _save(self, state: TrainState) -> None:
+        started = time.perf_counter()
+        folder = self.checkpoint.save(state.step, state.as_dict())
+        if folder is not None:
+            seconds = round(time.perf_counter() - started, 3)
+            self.run.log_event("save", step=state.step, folder=folder.name, seconds=seconds)

@@ -1,0 +1,54 @@
+"""Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens.
+
+torchrun --nproc-per-node N pretrain_emu3.py --config FILE [--section.field VALUE ...]
+"""
+
+import os
+
+from megatron_ext.config import load, run_program, to_yaml
+from megatron_ext.config.run import RunConfig
+from megatron_ext.config.validate import validate
+
+
+def main(argv: list[str]) -> None:
+    """Train the run that `argv` describes; resume it where it stopped."""
+    config = load(RunConfig, argv, prog="pretrain_emu3.py")
+    validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
+    train(config)
+
+
+def train(config: RunConfig) -> None:
+    """Compose the rooms and fit."""
+    # Imported here, so that --help and --print_config answer at once.
+    from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+    from megatron_ext.data import build_data
+    from megatron_ext.model import build_model
+    from megatron_ext.objectives import build_objective
+    from megatron_ext.observe import Run
+    from megatron_ext.optim import build_optimizer
+    from megatron_ext.runtime import Topology
+    from megatron_ext.train import Trainer, resume_or_init
+    from megatron_ext.vocab import Vocabulary
+
+    config_yaml = to_yaml(config)
+    vocab = Vocabulary.load(config.vocab)
+    with (
+        Topology.start(config.runtime, config.parallel) as topology,
+        Run.open(config.observe, topology.is_main, config_yaml, total_steps=config.train.train_steps) as run,
+    ):
+        data = build_data(config.data, config.train, vocab, topology)
+        objective = build_objective(config.objective, vocab.layout)
+        model = build_model(config.model, config.parallel, vocab.layout, topology, config.train.seed)
+        optimizer = build_optimizer(config.optim, config.parallel, model, topology, config.train.train_steps)
+        checkpoint = DecoderCheckpoint(config.checkpoint, run.folder, optimizer, topology, vocab, config_yaml)
+        state = resume_or_init(config.checkpoint, checkpoint, optimizer, topology)
+        Trainer(config.train, data, objective, optimizer, checkpoint, topology, run).fit(state)
+
+
+def cli() -> None:
+    """Console script emu3-pretrain."""
+    run_program(main)
+
+
+if __name__ == "__main__":
+    cli()
