@@ -1,8 +1,8 @@
 """The decoder's checkpoints: megatron-core's dist_checkpointing in the folders of the store.
 
-    step_XXXXXXXX/decoder/      weights, master weights and moments; any layout opens what any layout saved
-    step_XXXXXXXX/config.yaml   the run's configuration
-    step_XXXXXXXX/vocabulary/   what rebuilds the vocabulary
+step_XXXXXXXX/decoder/      weights, master weights and moments; any layout opens what any layout saved
+step_XXXXXXXX/config.yaml   the run's configuration
+step_XXXXXXXX/vocabulary/   what rebuilds the vocabulary
 """
 
 from pathlib import Path
@@ -70,7 +70,8 @@ class DecoderCheckpoint:
         return step % self.section.save_interval == 0
 
     def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Checkpoint weights, optimizer and `state` (JSON data). Returns the folder; None where `step` is saved already."""
+        """Checkpoint weights, optimizer and `state` (JSON data). Returns the folder; None where `step` is saved
+        already."""
         if step == self.saved_step:
             return None
 
@@ -137,8 +138,9 @@ class DecoderCheckpoint:
 def unshare_adam_steps(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its own Adam `step` after a load.
 
-    megatron-core 0.16.1 (distrib_optimizer.py:821) and 0.19.2 (:1027) store ONE tensor as the step of all parameters; torch's
-    AdamW then advances it once per parameter, and bias correction is silently wrong from the first resumed step on.
+    megatron-core 0.16.1 (distrib_optimizer.py:821) and 0.19.2 (:1027) store ONE tensor as the step of all parameters;
+    torch's AdamW then advances it once per parameter, and bias correction is silently wrong from the first resumed
+    step on.
     """
     for state in optimizer.state.values():
         if "step" in state:
@@ -152,16 +154,18 @@ def _save(folder: Path, sharded: dict[str, Any], vocab: Vocabulary, config_yaml:
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         vocab.save(folder / "vocabulary")
     topology.barrier()
-    dist_checkpointing.save(sharded, str(body), validate_access_integrity=False)
+    dist_checkpointing.save(sharded, str(body))
 
 
 def _load(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
     read_metadata(folder)
     try:
-        return dist_checkpointing.load(sharded, str(Path(folder) / WEIGHTS), validate_access_integrity=False)
+        return dist_checkpointing.load(sharded, str(Path(folder) / WEIGHTS))
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{folder} does not fit this model ({reason}): use the model section of its config.yaml") from error
+        raise InputError(
+            f"{folder} does not fit this model ({reason}): use the model section of its config.yaml"
+        ) from error
 
 
 def _strip(state: dict[str, Any]) -> dict[str, Any]:

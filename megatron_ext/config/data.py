@@ -29,7 +29,8 @@ class DataConfig:
     """What a token may attend to: its own document, or everything before it in the window (as Emu3 trained)."""
 
     document_alignment: int = 1
-    """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x context_parallel_size."""
+    """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x
+    context_parallel_size."""
 
     cache_dir: str | None = None
     """Folder of the packing index; empty puts it beside the first dataset."""

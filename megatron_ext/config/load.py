@@ -79,7 +79,7 @@ def _explain(message: str, config_type: type) -> str:
     key = unknown["argument"] or unknown["option"] or f"{unknown['group']}.{unknown['field']}"
     # A key inside a list item is reported without its path: compare the last part too.
     known = known_keys(config_type)
-    by_tail = {name.rsplit(".", 1)[-1]: name for name in known}
+    by_tail = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     nearest = difflib.get_close_matches(key, known, n=1) or [
         by_tail[tail] for tail in difflib.get_close_matches(key.rsplit(".", 1)[-1], by_tail, n=1)
     ]

@@ -8,4 +8,5 @@ class ObjectiveConfig:
     """What the decoder is trained to do: next-token prediction, weighted by the id of the label."""
 
     vision_loss_weight: float = 0.5
-    """Weight of a label that is a visual id (Emu3 section 2.4: 0.5); text and structure weigh 1. A fraction k/n, n <= 100."""
+    """Weight of a label that is a visual id (Emu3 section 2.4: 0.5); text and structure weigh 1. A fraction k/n, n <=
+    100."""

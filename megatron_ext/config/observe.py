@@ -8,7 +8,8 @@ class ObserveConfig:
     """The run folder and what is written there."""
 
     run_dir: str
-    """Folder of config.yaml, metrics.jsonl, events.jsonl, tensorboard/ and checkpoints/; an unfinished run in it is resumed."""
+    """Folder of config.yaml, metrics.jsonl, events.jsonl, tensorboard/ and checkpoints/; an unfinished run in it is
+    resumed."""
 
     log_interval: int = 10
     """Optimizer steps between console lines; metrics.jsonl has every step."""

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Literal
 
+DeviceName = Literal["auto", "cpu", "cuda"]
+"""What a program's `device` option may be."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
     """Device, precision and process limits."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible (NCCL), else the CPU (gloo)."""
 
     precision: Literal["fp32", "bf16"] = "fp32"

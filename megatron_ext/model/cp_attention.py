@@ -1,12 +1,13 @@
 """Core attention in plain torch over packed documents, with context parallelism: what Transformer Engine does with THD
 batches, for machines without it.
 
-Shape legend: T tokens of the row, N query heads, K key-value heads, D channels per head, H = N x D. T of a local tensor is
-the context rank's share of the row; heads are this tensor rank's.
+Shape legend: T tokens of the row, N query heads, K key-value heads, D channels per head, H = N x D. T of a local
+tensor is the context rank's share of the row; heads are this tensor rank's.
 
 Each segment (a document, or a window) is cut into 2 x context_parallel_size chunks, and a rank holds chunks r and
-2 x size - 1 - r of each, so that causal work is even (`megatron_ext.data.batch.context_indices` is the one definition). Keys and
-values are gathered over the context axis; each local chunk then attends to its segment up to its own last token.
+2 x size - 1 - r of each, so that causal work is even (`megatron_ext.data.batch.context_indices` is the one
+definition). Keys and values are gathered over the context axis; each local chunk then attends to its segment up to
+its own last token.
 """
 
 import torch
@@ -62,7 +63,8 @@ class PackedAttention(torch.nn.Module):
         return torch.cat(pieces).flatten(start_dim=1)
 
     def _gather(self, key_TKD: Tensor, value_TKD: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole row, in row order. The gradient is summed over the context axis and scattered."""
+        """Keys and values of the whole row, in row order. The gradient is summed over the context axis and
+        scattered."""
         both = torch.stack((key_TKD, value_TKD), dim=1)
         gathered = gather_from_sequence_parallel_region(both, group=self.context_group)
         size = self.context_group.size()

@@ -1,7 +1,7 @@
 """The Emu3 decoder: section `model` -> TransformerConfig -> megatron-core's GPTModel, unmodified.
 
-Shape legend: B rows (always 1: a micro-batch is one packed row), T tokens of this rank's share of the row, S the same in
-megatron-core's sequence-first order, V this tensor rank's share of the padded vocabulary.
+Shape legend: B rows (always 1: a micro-batch is one packed row), T tokens of this rank's share of the row, S the same
+in megatron-core's sequence-first order, V this tensor rank's share of the padded vocabulary.
 """
 
 import dataclasses
@@ -62,7 +62,8 @@ PRESETS = {
         num_layers=4, hidden_size=256, ffn_hidden_size=704, num_attention_heads=4, num_query_groups=2, kv_channels=64
     ),
     "emu3_8b": DecoderShape(
-        num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8, kv_channels=128
+        num_layers=32, hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8,
+        kv_channels=128
     ),
     "emu3_5_34b": DecoderShape(
         num_layers=64, hidden_size=5120, ffn_hidden_size=25600, num_attention_heads=64, num_query_groups=8,
@@ -137,8 +138,8 @@ def transformer_config(shape: DecoderShape, parallel: ParallelConfig, topology: 
         activation_func=F.silu,
         attention_dropout=shape.attention_dropout,
         hidden_dropout=shape.hidden_dropout,
-        # model/initialize.py draws the weights. megatron-core must still "initialize" them: only then does it mark which
-        # are sharded (tensor_parallel/layers.py, set_tensor_model_parallel_attributes).
+        # model/initialize.py draws the weights. megatron-core must still "initialize" them: only then does it mark
+        # which are sharded (tensor_parallel/layers.py, set_tensor_model_parallel_attributes).
         init_method=_leave,
         output_layer_init_method=_leave,
         use_cpu_initialization=topology.device.type == "cpu",

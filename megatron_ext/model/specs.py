@@ -1,6 +1,7 @@
 """The decoder layer as a megatron-core spec: Transformer Engine's modules on CUDA, plain torch elsewhere.
 
-Both name their parameters alike on disk (megatron-core's Transformer Engine names), so a checkpoint of one opens in the other.
+Both name their parameters alike on disk (megatron-core's Transformer Engine names), so a checkpoint of one opens in
+the other.
 """
 
 import torch
@@ -22,8 +23,8 @@ from megatron_ext.model.cp_attention import PackedAttention
 class SequenceParallelRMSNorm(torch.nn.RMSNorm):
     """RMSNorm whose gradient megatron-core sums over the tensor axis under sequence parallelism.
 
-    megatron-core's own torch norm refuses sequence parallelism (torch_norm.py:32); the mark on the weight is all it takes
-    (finalize_model_grads.py, `sequence_parallel`).
+    megatron-core's own torch norm refuses sequence parallelism (torch_norm.py:32); the mark on the weight is all it
+    takes (finalize_model_grads.py, `sequence_parallel`).
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:

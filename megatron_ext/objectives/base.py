@@ -1,7 +1,7 @@
 """What an objective is: a function of a packed batch and the decoder's output.
 
-Every rank returns sums, never means. megatron-core adds the integer weights of all microbatches, data and context ranks and
-divides the gradient once (finalize_model_grads.py), which is exact however unevenly masks fall.
+Every rank returns sums, never means. megatron-core adds the integer weights of all microbatches, data and context
+ranks and divides the gradient once (finalize_model_grads.py), which is exact however unevenly masks fall.
 """
 
 from collections.abc import Sequence

@@ -21,8 +21,8 @@ LARGEST_DENOMINATOR = 100
 class NextToken:
     """Weighted next-token loss. Text and structure (EOL, EOF, EOV, ...) weigh 1, visual ids `vision_loss_weight`.
 
-    Weights are integers over a common denominator (0.5 becomes 2 : 1), since megatron-core counts in int32. The weighted
-    mean does not change.
+    Weights are integers over a common denominator (0.5 becomes 2 : 1), since megatron-core counts in int32. The
+    weighted mean does not change.
 
     Raises:
         InputError: the weight is negative or no fraction k/n with n <= 100.
@@ -33,7 +33,8 @@ class NextToken:
         fraction = Fraction(weight).limit_denominator(LARGEST_DENOMINATOR)
         if weight < 0 or abs(float(fraction) - weight) > 1e-9:
             raise InputError(
-                f"objective.vision_loss_weight {weight} is not a fraction k/n with 0 <= k and n <= {LARGEST_DENOMINATOR}: "
+                f"objective.vision_loss_weight {weight} is not a fraction k/n with 0 <= k and n <= "
+                f"{LARGEST_DENOMINATOR}: "
                 f"use {float(abs(fraction))}, for example"
             )
         self.text_weight, self.vision_weight = fraction.denominator, fraction.numerator

@@ -1,5 +1,5 @@
-"""AdamW on megatron-core's DistributedOptimizer, also at data-parallel size 1: its checkpoints and a plain optimizer's do
-not interchange.
+"""AdamW on megatron-core's DistributedOptimizer, also at data-parallel size 1: its checkpoints and a plain
+optimizer's do not interchange.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,9 @@ class StepResult:
 class Optimizer:
     """The decoder wrapped for gradient reduction, its optimizer and its schedule."""
 
-    def __init__(self, optim: OptimConfig, model: DistributedDataParallel, inner: MegatronOptimizer, steps: int) -> None:
+    def __init__(
+        self, optim: OptimConfig, model: DistributedDataParallel, inner: MegatronOptimizer, steps: int
+    ) -> None:
         self.optim = optim
         self.model = model
         self.inner = inner

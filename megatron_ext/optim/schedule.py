@@ -15,7 +15,8 @@ def learning_rate(
 ) -> float:
     """Learning rate of optimizer step `step` (the first is 1).
 
-    Linear warm-up from 0, reached at step `warmup_steps`; then the decay, which is at `minimum` from step `decay_steps` on.
+    Linear warm-up from 0, reached at step `warmup_steps`; then the decay, which is at `minimum` from step
+    `decay_steps` on.
     """
     if step <= warmup_steps:
         return peak * step / warmup_steps

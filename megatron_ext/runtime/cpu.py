@@ -1,7 +1,7 @@
 """megatron-core on a CPU: the table of adaptations, by version.
 
-megatron-core itself is never edited. Where no GPU is visible, `adapt_to_cpu()` binds the replacements below to the names
-that megatron-core's modules look up. With a GPU it does nothing. Each row says what is replaced, where it stands
+megatron-core itself is never edited. Where no GPU is visible, `adapt_to_cpu()` binds the replacements below to the
+names that megatron-core's modules look up. With a GPU it does nothing. Each row says what is replaced, where it stands
 upstream, why, and which test fails without it.
 """
 
@@ -162,7 +162,10 @@ TABLE = (
         symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
         build=lambda original: _set_adamw_states,
         upstream="optimizer/distrib_optimizer.py:939",
-        why="torch's AdamW keeps a `step` beside the moments, which checkpoints do not hold per parameter: KeyError on load",
+        why=(
+            "torch's AdamW keeps a `step` beside the moments, which checkpoints do not hold per parameter: "
+            "KeyError on load"
+        ),
         test="tests/distributed/test_resume.py",
     ),
 )

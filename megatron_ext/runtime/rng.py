@@ -1,8 +1,8 @@
 """Randomness as a function of where it is used: nothing to save, and a resume on any layout is defined.
 
-Two streams, as megatron-core has them: the default generator for activations that every tensor rank holds whole, and the
-"model-parallel-rng" of its tracker for activations that are sharded over the tensor axis (attention heads; sequence chunks
-under sequence parallelism).
+Two streams, as megatron-core has them: the default generator for activations that every tensor rank holds whole, and
+the "model-parallel-rng" of its tracker for activations that are sharded over the tensor axis (attention heads; sequence
+chunks under sequence parallelism).
 """
 
 import hashlib

@@ -21,7 +21,8 @@ from megatron_ext.runtime.device import PRECISIONS, backend_for, bind, choose_de
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """Where this rank stands. An axis is parallel (tensor, context, data); every other room is given this, none fetches groups."""
+    """Where this rank stands. An axis is parallel (tensor, context, data); every other room is given this, none
+    fetches groups."""
 
     device: torch.device
     dtype: torch.dtype
@@ -99,7 +100,8 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     if tensor < 1 or context < 1 or world_size % (tensor * context):
         raise InputError(
             f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
-            f"the {world_size} ranks that were started: change the sizes or start a multiple of {tensor * context} ranks"
+            f"the {world_size} ranks that were started: change the sizes or start a multiple of {tensor * "
+            "context} ranks"
         )
     if parallel.sequence_parallel and tensor == 1:
         raise InputError(

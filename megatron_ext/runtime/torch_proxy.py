@@ -1,8 +1,8 @@
 """A stand-in for the module `torch` inside megatron-core on a machine without a GPU.
 
 megatron-core names CUDA in literals (`device="cuda"`, `torch.cuda.current_device()`). `TorchOnCpu` is bound to the
-global name `torch` of megatron-core's modules only: it answers the same questions for the CPU and passes everything else
-on. The real `torch`, and every other library's view of it, stays untouched.
+global name `torch` of megatron-core's modules only: it answers the same questions for the CPU and passes everything
+else on. The real `torch`, and every other library's view of it, stays untouched.
 """
 
 import contextlib

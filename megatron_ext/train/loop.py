@@ -59,7 +59,8 @@ class Trainer:
         return state
 
     def _dry_step(self, state: TrainState) -> None:
-        """One microbatch forward and backward at full shape, thrown away: what cannot fit fails before the first step."""
+        """One microbatch forward and backward at full shape, thrown away: what cannot fit fails before the first
+        step."""
         train = self.data.train
         self.optimizer.zero_grad()
         self.runner.run(train.microbatches(state.consumed_samples)[:1], train.dataset_names, step=state.step)

@@ -15,9 +15,7 @@ from megatron_ext.runtime import Topology, seed_microbatch
 class MicrobatchRunner:
     """Runs the decoder and its objective over global batches."""
 
-    def __init__(
-        self, model: DistributedDataParallel, objective: Objective, topology: Topology, *, seed: int
-    ) -> None:
+    def __init__(self, model: DistributedDataParallel, objective: Objective, topology: Topology, *, seed: int) -> None:
         self.model = model
         self.objective = objective
         self.topology = topology
@@ -28,8 +26,8 @@ class MicrobatchRunner:
     ) -> dict[str, float]:
         """Losses of a global batch, each averaged over the batch's tokens on all ranks; NaN where it has none.
 
-        Unless `forward_only`, the gradient buffers hold the gradient of the weighted mean afterwards. `microbatches` are
-        this rank's; `step` (0-based) seeds dropout.
+        Unless `forward_only`, the gradient buffers hold the gradient of the weighted mean afterwards. `microbatches`
+        are this rank's; `step` (0-based) seeds dropout.
         """
         names = self.objective.metric_names(dataset_names)
         queue = iter(enumerate(microbatches))

@@ -1,10 +1,14 @@
 """A tiny decoder on random packed documents: the subject of the layout tests."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.objective import ObjectiveConfig
 from megatron_ext.config.optim import OptimConfig
@@ -12,14 +16,17 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.data.batch import Batch, Window, collate, slice_for_context
 from megatron_ext.vocab import VocabLayout
+from tests.unit.data.samples import make_vocabulary, train_text_tokenizer
 
 SEQ_LENGTH = 32
+GLOBAL_BATCH = 4
 LAYOUT = VocabLayout.custom(text_size=40, codebook_size=60)
 MODEL = ModelConfig(
     num_layers=2, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, num_query_groups=4, kv_channels=8,
     attention_dropout=0.0, hidden_dropout=0.0,
 )  # fmt: skip
-OPTIM = OptimConfig(lr=1e-2, lr_decay_style="constant", weight_decay=0.1, clip_grad=0.5)
+# A large eps: at 1e-8 AdamW turns the rounding noise of a vanishing gradient into steps of full size.
+OPTIM = OptimConfig(lr=1e-2, lr_decay_style="constant", weight_decay=0.1, clip_grad=0.5, adam_eps=1e-4)
 
 
 def random_window(seed: int, alignment: int = 8) -> Window:
@@ -43,10 +50,18 @@ def global_batch(step: int, size: int, scope: str = "document") -> list[Batch]:
 
 
 def train_losses(
-    parallel: dict[str, Any], steps: int = 4, global_batch_size: int = 4, scope: str = "document",
-    model: dict[str, Any] | None = None, precision: str = "fp32",
+    parallel: dict[str, Any],
+    *,
+    steps: int = 4,
+    scope: str = "document",
+    model: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    folder: str | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
-    """Train and return each step's losses and gradient norm, and the full weights at the end (rank 0's view)."""
+    """Train to step `steps`; returns losses and gradient norm of each step, and the full weights at the end.
+
+    With `folder`, go on from the checkpoint there, if any, and leave one.
+    """
     from megatron_ext.model import build_model
     from megatron_ext.objectives import build_objective
     from megatron_ext.optim import build_optimizer
@@ -58,14 +73,35 @@ def train_losses(
         decoder = build_model(ModelConfig(**{**vars(MODEL), **(model or {})}), layout, LAYOUT, topology, seed=7)
         optimizer = build_optimizer(OPTIM, layout, decoder, topology, steps)
         runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=3)
+        checkpoint = _checkpoint(folder, optimizer, topology) if folder else None
+        state = checkpoint.load_latest() if checkpoint else None
         history = []
-        for step in range(steps):
-            mine = global_batch(step, global_batch_size, scope)[topology.data_parallel_rank :: topology.data_parallel_size]
+        for step in range(state["step"] if state else 0, steps):
+            mine = global_batch(step, GLOBAL_BATCH, scope)[topology.data_parallel_rank :: topology.data_parallel_size]
             mine = [slice_for_context(b, topology.context_parallel_rank, topology.context_parallel_size) for b in mine]
             optimizer.zero_grad()
             losses = runner.run(mine, ("a", "b"), step=step)
             history.append({**losses, "grad_norm": optimizer.step(step + 1).grad_norm})
+        if checkpoint:
+            checkpoint.save(steps, {"step": steps})
         return history, full_weights(decoder, topology)
+
+
+def walk(cases: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[list[dict[str, float]], dict]]:
+    """`train_losses` of each (parallel, options), one after the other in the same processes: starting them costs
+    most."""
+    results = []
+    for parallel, options in cases:
+        results.append(train_losses(parallel, **options))
+        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # the old store may still be closing
+    return results
+
+
+def _checkpoint(folder: str, optimizer: Any, topology: Any) -> Any:
+    from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+
+    vocab = make_vocabulary(train_text_tokenizer())
+    return DecoderCheckpoint(CheckpointConfig(), Path(folder), optimizer, topology, vocab, "{}\n")
 
 
 def full_weights(decoder: torch.nn.Module, topology: Any) -> dict[str, torch.Tensor]:

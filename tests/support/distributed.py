@@ -15,13 +15,15 @@ TIMEOUT_S = 240
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """`function(*args)` on `world_size` spawned ranks, with the environment that torchrun would give them.
 
-    Returns the ranks' results (picklable) in rank order. Raises AssertionError with the tracebacks of the ranks that failed.
+    Returns the ranks' results (picklable) in rank order. Raises AssertionError with the tracebacks of the ranks that
+    failed.
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     port = _free_port()
     processes = [
-        context.Process(target=_run_rank, args=(function, args, rank, world_size, port, queue)) for rank in range(world_size)
+        context.Process(target=_run_rank, args=(function, args, rank, world_size, port, queue))
+        for rank in range(world_size)
     ]
     for process in processes:
         process.start()

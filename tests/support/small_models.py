@@ -1,13 +1,11 @@
 """A vocabulary, a decoder and a vision tokenizer small enough to build in every test."""
 
 import functools
-import io
-
-import sentencepiece
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.vision import VisionTokenizerConfig
 from megatron_ext.vocab import SentencePieceTokenizer, VocabLayout, Vocabulary
+from tokenizer_train.text.train import TextTokenizerTrainConfig, train_model
 
 CODEBOOK_SIZE = 48
 
@@ -33,11 +31,6 @@ CORPUS = (
 @functools.cache
 def small_vocabulary() -> Vocabulary:
     """Byte-pair pieces over a few sentences, 48 visual codes."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 4), model_writer=model, model_type="bpe", vocab_size=440, byte_fallback=True,
-        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False, split_digits=True,
-        split_by_whitespace=False, allow_whitespace_only_pieces=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    text = SentencePieceTokenizer(model.getvalue())
+    settings = TextTokenizerTrainConfig(input=("unused",), output="unused", vocab_size=440)
+    text = SentencePieceTokenizer(train_model(CORPUS * 4, settings))
     return Vocabulary(VocabLayout.custom(text_size=text.size, codebook_size=CODEBOOK_SIZE), text)

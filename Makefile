@@ -1,0 +1,37 @@
+# Every target makes its own environment: .venv, from one of the two locks. PYTHON picks the interpreter (3.11 or 3.12).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+
+# One thread per process: the multi-rank tests would otherwise fight for the cores. The quickstart sets its own.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1
+
+.PHONY: help check build test test-gpu quickstart clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+check: $(INSTALLED) ## lint and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+build: $(INSTALLED) ## the environment and the C++ extension
+
+test: $(INSTALLED) ## all CPU tests
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+
+test-gpu: $(INSTALLED) ## the tests that need a GPU
+	@nvidia-smi -L || { echo "error: make test-gpu needs a GPU; nvidia-smi finds none" >&2; exit 1; }
+	$(BIN)/python -m pytest -m gpu
+
+quickstart: $(INSTALLED) ## the whole way on this machine: media, tokens, decoder, Hugging Face, pictures
+	$(BIN)/python examples/quickstart.py
+
+clean: ## remove the environment and build outputs; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info megatron_ext/data/*.so .pytest_cache .ruff_cache .hypothesis
+	find megatron_ext tokenizer_train tools tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py megatron_ext/data/_packing.cpp constraints-cpu.txt constraints-cuda.txt .ci/install
+	.ci/install "$(PYTHON)" "$(VENV)"
+	@touch $@

@@ -1,0 +1,284 @@
+"""The whole way on one machine, in the product's own programs: media, tokens, decoder, Hugging Face, pictures, report.
+
+    python examples/quickstart.py      (or: make quickstart)
+
+Every stage is a command line that is printed before it runs, so that it can be copied. Finished stages are recorded in
+runs/quickstart/stages.json under a key of command, configuration and input files: run again, they are reused.
+Interrupted, the run goes on where it stopped, because each program does.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from megatron_ext.config import InputError, load, run_program
+from megatron_ext.observe.writers import duration
+
+ROOT = Path("runs/quickstart")
+GRACE_S = 60  # for an interrupted program to save what it has
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Run the quickstart: train tokenizers and a tiny decoder on examples/media, export it, draw, write a report."""
+
+    fresh: bool = False
+    """Remove runs/quickstart first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One command line, and what decides whether its result can be reused."""
+
+    name: str
+    """Key in stages.json."""
+
+    says: str
+    """What it does, as printed."""
+
+    command: tuple[str, ...]
+    """Arguments; the configuration files among them are inputs."""
+
+    inputs: tuple[str, ...] = ()
+    """Glob patterns of further input files that no earlier stage makes."""
+
+    outputs: tuple[str, ...] = ()
+    """Files and folders it makes; removed before a run that differs from the recorded one."""
+
+    expected_s: int
+    """Wall-clock seconds on two cores."""
+
+
+PYTHON = os.path.relpath(sys.executable)
+TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+DECODER = (*TORCHRUN, "pretrain_emu3.py", "--config", "examples/tiny_cpu.yaml", "--observe.run_dir", f"{ROOT}/decoder")
+MEDIA = "examples/media/**/*"
+CAPTION = "A tabby cat looks into the camera."
+
+STAGES = (
+    Stage(
+        name="text_tokenizer",
+        says="train a SentencePiece tokenizer on captions and prose",
+        command=(PYTHON, "-m", "tokenizer_train.text.train", "--config", "examples/text_tokenizer_tiny.yaml"),
+        inputs=(MEDIA,),
+        outputs=(f"{ROOT}/text_tokenizer.model",),
+        expected_s=5,
+    ),
+    Stage(
+        name="vision_tokenizer",
+        says="train a tiny 3D MoVQGAN on pictures and clips: 64x64 pixels become 16x16 codes out of 512",
+        command=(PYTHON, "-m", "tokenizer_train.vision.train", "--config", "examples/movqgan_tiny_cpu.yaml"),
+        inputs=(MEDIA,),
+        outputs=(f"{ROOT}/vision_tokenizer",),
+        expected_s=210,
+    ),
+    Stage(
+        name="codes",
+        says="turn pictures and clips into visual codes",
+        command=(PYTHON, "tools/tokenize_vision.py", "--config", "examples/tokenize_tiny.yaml"),
+        outputs=(f"{ROOT}/codes",),
+        expected_s=15,
+    ),
+    Stage(
+        name="media_documents",
+        says="write captions and codes as documents of an indexed dataset; a tenth of the sources is held out",
+        command=(PYTHON, "tools/preprocess_data.py", "--config", "examples/preprocess_tiny.yaml"),
+        outputs=(f"{ROOT}/data/media_train.manifest.json", f"{ROOT}/data/media_valid.manifest.json"),
+        expected_s=5,
+    ),
+    Stage(
+        name="prose_documents",
+        says="write the prose as another",
+        command=(PYTHON, "tools/preprocess_data.py", "--config", "examples/preprocess_prose_tiny.yaml"),
+        outputs=(f"{ROOT}/data/prose_train.manifest.json", f"{ROOT}/data/prose_valid.manifest.json"),
+        expected_s=5,
+    ),
+    Stage(
+        name="inspect",
+        says="report what was written, how it packs, and that every document is one",
+        command=(PYTHON, "tools/inspect_data.py", "--config", "examples/inspect_tiny.yaml"),
+        expected_s=10,
+    ),
+    Stage(
+        name="decoder_tensor_parallel",
+        says="pretrain a decoder on two ranks, tensor parallel with sequence parallel; stop half way",
+        command=(
+            *DECODER,
+            *("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"),
+            *("--train.exit_interval", "450"),
+        ),
+        outputs=(f"{ROOT}/decoder",),
+        expected_s=130,
+    ),
+    Stage(
+        name="decoder_context_parallel",
+        says="resume the same run with context parallel: the loss goes on where it stopped",
+        command=(*DECODER, "--parallel.context_parallel_size", "2"),
+        expected_s=130,
+    ),
+    Stage(
+        name="export",
+        says="export decoder and vision tokenizer to a Hugging Face folder",
+        command=(
+            *(PYTHON, "tools/convert_checkpoint.py", "to-hf", "--checkpoint", f"{ROOT}/decoder"),
+            *("--vision_tokenizer", f"{ROOT}/vision_tokenizer/tokenizer", "--output", f"{ROOT}/hf"),
+        ),
+        outputs=(f"{ROOT}/hf",),
+        expected_s=15,
+    ),
+    Stage(
+        name="transformers",
+        says="load the folder in plain transformers, draw a picture for a caption and caption it",
+        command=(PYTHON, "examples/plain_transformers.py", f"{ROOT}/hf", CAPTION, f"{ROOT}/transformers.png"),
+        outputs=(f"{ROOT}/transformers.png",),
+        expected_s=20,
+    ),
+    Stage(
+        name="draw",
+        says="draw a picture for every caption",
+        command=(PYTHON, "tools/generate.py", "--config", "examples/draw_tiny.yaml"),
+        outputs=(f"{ROOT}/drawn",),
+        expected_s=20,
+    ),
+    Stage(
+        name="caption",
+        says="caption every picture",
+        command=(PYTHON, "tools/generate.py", "--config", "examples/caption_tiny.yaml"),
+        outputs=(f"{ROOT}/captioned",),
+        expected_s=15,
+    ),
+    Stage(
+        name="report",
+        says="write the report",
+        command=(PYTHON, "examples/quickstart_report.py", "--run", str(ROOT)),
+        outputs=(f"{ROOT}/report.html",),
+        expected_s=15,
+    ),
+)
+
+
+class Ledger:
+    """stages.json: name -> {key, finished, seconds}; a stage is recorded when it starts and when it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._records = json.loads(path.read_text()) if path.exists() else {}
+
+    def finished_seconds(self, stage: Stage, key: str) -> float | None:
+        """How long the stage took, if it is finished under this key and its outputs are still there."""
+        record = self._records.get(stage.name)
+        if not record or record["key"] != key or not record["finished"]:
+            return None
+        return record["seconds"] if all(Path(output).exists() for output in stage.outputs) else None
+
+    def start(self, stage: Stage, key: str) -> None:
+        """Record the start. What a run under another key left is removed; what this one left, it goes on from."""
+        if self._records.get(stage.name, {}).get("key") != key:
+            for output in map(Path, stage.outputs):
+                shutil.rmtree(output) if output.is_dir() else output.unlink(missing_ok=True)
+            self._records[stage.name] = {"key": key, "finished": False, "seconds": 0.0}
+            self._save()
+
+    def stop(self, stage: Stage, seconds: float, *, finished: bool) -> None:
+        """Record the end; an interrupted stage's seconds add up."""
+        record = self._records[stage.name]
+        record["seconds"] = round(record["seconds"] + seconds, 1)
+        record["finished"] = finished
+        self._save()
+
+    def _save(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._path.with_suffix(".partial")
+        temporary.write_text(json.dumps(self._records, indent=1))
+        os.replace(temporary, self._path)
+
+
+def key_of(stage: Stage, previous_key: str) -> str:
+    """Hash of all that shapes the stage's result: the stages before it, its command, its configurations and inputs."""
+    files = {Path(part) for part in stage.command if part.endswith(".yaml")}
+    files |= {path for pattern in stage.inputs for path in Path().glob(pattern) if path.is_file()}
+    digest = hashlib.sha256(previous_key.encode())
+    digest.update(json.dumps(stage.command[1:]).encode())
+    for path in sorted(files):
+        digest.update(f"{path}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+def run_command(command: tuple[str, ...]) -> int:
+    """Run it with this terminal; its exit code. Interrupted, it gets a chance to save before this raises."""
+    has_workers = "torch.distributed.run" in command
+    environment = dict(os.environ)
+    if has_workers:  # what torchrun would choose, with three lines of warning
+        environment.setdefault("OMP_NUM_THREADS", "1")
+    # Its own session: Ctrl-C then reaches it once, from here.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        print("\ninterrupted: waiting for the program to save and stop (Ctrl-C again ends it at once)", flush=True)
+        # Told to its workers, torchrun ends when they have; told to itself, it would end with a traceback.
+        receivers = psutil.Process(process.pid).children() if has_workers else [process]
+        for receiver in receivers:
+            receiver.send_signal(signal.SIGINT)
+        try:
+            process.wait(GRACE_S)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        raise
+
+
+def run_stages(stages: tuple[Stage, ...], ledger: Ledger) -> None:
+    """Run what is not finished.
+
+    Raises:
+        InputError: a stage failed.
+    """
+    began, key = time.monotonic(), ""
+    for number, stage in enumerate(stages, 1):
+        key = key_of(stage, key)
+        label = f"[{number}/{len(stages)}]"
+        seconds = ledger.finished_seconds(stage, key)
+        if seconds is not None:
+            print(f"{label} {stage.says}: reused, it took {duration(seconds)}", flush=True)
+            continue
+        print(f"\n{label} {stage.says} (about {duration(stage.expected_s)})\n$ {shlex.join(stage.command)}", flush=True)
+        ledger.start(stage, key)
+        stage_began, code = time.monotonic(), None
+        try:
+            code = run_command(stage.command)
+        finally:
+            ledger.stop(stage, time.monotonic() - stage_began, finished=code == 0)
+        if code:
+            raise InputError(f"stage {stage.name} ended with exit code {code}: see above; run again to go on from here")
+        left = sum(later.expected_s for later in stages[number:])
+        took, total = duration(time.monotonic() - stage_began), duration(time.monotonic() - began)
+        print(f"{label} done in {took}; {total} so far, about {duration(left)} to go", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    """Run the quickstart."""
+    config = load(QuickstartConfig, argv, prog="quickstart.py")
+    if not Path("examples/tiny_cpu.yaml").exists():
+        raise InputError(f"{Path.cwd()} is not the project's folder: run `python examples/quickstart.py` from there")
+    if config.fresh:
+        shutil.rmtree(ROOT, ignore_errors=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: the program that runs must not be left behind
+        signal.signal(number, signal.default_int_handler)
+    run_stages(STAGES, Ledger(ROOT / "stages.json"))
+    print(f"\nthe report: {(ROOT / 'report.html').resolve()}")
+    print(f"the curves: {PYTHON} -m tensorboard.main --logdir {ROOT}/decoder/tensorboard")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,32 @@
+"""Documents on disk, packed into windows, in the order of a run, as batches."""
+
+from megatron_ext.data.batch import Batch, collate, context_indices, slice_for_context
+from megatron_ext.data.indexed import KINDS, DocumentDataset, DocumentWriter, Manifest, document_kind
+from megatron_ext.data.loader import BatchTopology, Data, Loader, build_data
+from megatron_ext.data.order import Blend, Permutation
+from megatron_ext.data.packing import PackedIndex, Spans, pack, pack_reference
+from megatron_ext.data.windows import PackedDataset, Window
+
+__all__ = [
+    "KINDS",
+    "Batch",
+    "BatchTopology",
+    "Blend",
+    "Data",
+    "DocumentDataset",
+    "DocumentWriter",
+    "Loader",
+    "Manifest",
+    "PackedDataset",
+    "PackedIndex",
+    "Permutation",
+    "Spans",
+    "Window",
+    "build_data",
+    "collate",
+    "context_indices",
+    "document_kind",
+    "pack",
+    "pack_reference",
+    "slice_for_context",
+]

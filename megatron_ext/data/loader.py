@@ -1,0 +1,189 @@
+"""Global batches of a run: a function of (seed, consumed samples) and nothing else.
+
+The loader keeps no state: told how many samples the run has consumed, it gives the next global batch. Data rank r of R
+holds in microbatch k the samples consumed + (k * R + r) * micro_batch_size + j: the global batch is the same set of
+windows for every layout.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_ext.config import InputError
+from megatron_ext.config.data import DataConfig, DatasetConfig
+from megatron_ext.config.train import TrainConfig
+from megatron_ext.data.batch import Batch, collate, slice_for_context
+from megatron_ext.data.order import Blend
+from megatron_ext.data.windows import PackedDataset
+from megatron_ext.vocab import Vocabulary
+
+
+class BatchTopology(Protocol):
+    """What the loader needs to know of a rank."""
+
+    data_parallel_rank: int
+    data_parallel_size: int
+    context_parallel_rank: int
+    context_parallel_size: int
+
+
+class Loader:
+    """One blend of datasets, as this rank sees it. Use `build_data`."""
+
+    def __init__(
+        self,
+        datasets: Sequence[PackedDataset],
+        weights: Sequence[float],
+        *,
+        attention_scope: str,
+        train: TrainConfig,
+        topology: BatchTopology,
+    ):
+        self.datasets = tuple(datasets)
+        self.dataset_names = _short_names([str(dataset.documents.prefix) for dataset in datasets])
+        self._blend = Blend(weights, [len(dataset) for dataset in datasets], train.seed, self.dataset_names)
+        self._attention_scope = attention_scope
+        self._train = train
+        self._topology = topology
+
+    def microbatches(self, consumed_samples: int) -> list[Batch]:
+        """This rank's microbatches of the global batch after `consumed_samples` samples of the run."""
+        return [
+            slice_for_context(
+                collate(
+                    [self.datasets[dataset][window] for dataset, window in places],
+                    [dataset for dataset, _ in places],
+                    self._attention_scope,
+                ),
+                self._topology.context_parallel_rank,
+                self._topology.context_parallel_size,
+            )
+            for places in self._places(consumed_samples)
+        ]
+
+    def keys(self, consumed_samples: int) -> list[tuple[str, ...]]:
+        """Source keys of each window of the whole global batch, the same on every rank; for naming a step's data."""
+        return [
+            self.datasets[dataset].keys(window)
+            for dataset, window in (self._blend[consumed_samples + j] for j in range(self._train.global_batch_size))
+        ]
+
+    @property
+    def identity(self) -> str:
+        """Names the endless sequence of windows: with equal identities, equal consumed samples mean equal data."""
+        content = [self._train.seed, self._blend.slots, [dataset.identity for dataset in self.datasets]]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+
+    def summary(self, samples: int) -> list[str]:
+        """One line per dataset: size, fill, epochs in a run of `samples` windows, and what could not be packed."""
+        lines = []
+        for number, (name, dataset) in enumerate(zip(self.dataset_names, self.datasets, strict=True)):
+            share = self._blend.slots[number] / self._blend.period
+            lines.append(
+                f"{name}: {len(dataset.documents):,} documents in {len(dataset):,} windows of {dataset.seq_length:,}, "
+                f"{dataset.fill:.2%} full, {share:.2%} of the windows, {self._blend.epoch(number, samples):.2f} epochs"
+            )
+            if skipped := dataset.skipped_keys:
+                names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
+                lines.append(
+                    f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: {names}"
+                )
+        return lines
+
+    def _places(self, consumed_samples: int) -> list[list[tuple[int, int]]]:
+        """(dataset, window) of each window of each of this rank's microbatches."""
+        size = self._train.micro_batch_size
+        ranks = self._topology.data_parallel_size
+        first = consumed_samples + self._topology.data_parallel_rank * size
+        return [
+            [self._blend[start + j] for j in range(size)]
+            for start in range(first, consumed_samples + self._train.global_batch_size, ranks * size)
+        ]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads."""
+
+    train: Loader
+    valid: Loader | None
+    """None where data.valid is empty."""
+
+
+def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, topology: BatchTopology) -> Data:
+    """Open, check and pack all datasets.
+
+    Raises:
+        InputError: no training data; batch or window sizes that the layout does not divide; an incomplete dataset or
+            one of another vocabulary; datasets of different vision tokenizers.
+    """
+    if not data.train:
+        raise InputError("data.train is empty: give at least one {prefix, weight}")
+    _check_sizes(data, train, topology)
+    packed = {
+        section: [
+            PackedDataset(
+                dataset.prefix,
+                vocabulary,
+                train.seq_length,
+                data.document_alignment,
+                data.cache_dir or str(Path(data.train[0].prefix).parent / "packing_cache"),
+            )
+            for dataset in datasets
+        ]
+        for section, datasets in (("train", data.train), ("valid", data.valid))
+    }
+    _check_vision_tokenizer([*packed["train"], *packed["valid"]])
+
+    def loader(datasets: list[PackedDataset], blend: tuple[DatasetConfig, ...]) -> Loader:
+        weights = [dataset.weight for dataset in blend]
+        return Loader(datasets, weights, attention_scope=data.attention_scope, train=train, topology=topology)
+
+    return Data(
+        train=loader(packed["train"], data.train),
+        valid=loader(packed["valid"], data.valid) if data.valid else None,
+    )
+
+
+def _check_sizes(data: DataConfig, train: TrainConfig, topology: BatchTopology) -> None:
+    per_microbatch = train.micro_batch_size * topology.data_parallel_size
+    if train.global_batch_size < 1 or train.global_batch_size % per_microbatch:
+        raise InputError(
+            f"train.global_batch_size is {train.global_batch_size}: make it a multiple of {per_microbatch} "
+            f"(micro_batch_size {train.micro_batch_size} x {topology.data_parallel_size} data-parallel ranks)"
+        )
+    field, value = (
+        ("data.document_alignment", data.document_alignment)
+        if data.attention_scope == "document"
+        else ("train.seq_length", train.seq_length)
+    )
+    chunks = 2 * topology.context_parallel_size
+    if topology.context_parallel_size > 1 and value % chunks:
+        raise InputError(
+            f"{field} is {value}: with data.attention_scope {data.attention_scope} and context_parallel_size "
+            f"{topology.context_parallel_size} make it a multiple of {chunks}"
+        )
+
+
+def _check_vision_tokenizer(datasets: Sequence[PackedDataset]) -> None:
+    """Visual ids of different tokenizers mean different things: a blend has one, or none."""
+    seen: dict[str, Path] = {}
+    for dataset in datasets:
+        identity = dataset.documents.manifest.vision_tokenizer
+        if identity is not None:
+            seen.setdefault(identity, dataset.documents.prefix)
+    if len(seen) > 1:
+        (first, first_prefix), (second, second_prefix), *_ = seen.items()
+        raise InputError(
+            f"data: {first_prefix} was made by vision tokenizer {first}, {second_prefix} by {second}: "
+            "tokenize all pictures of a run with one tokenizer"
+        )
+
+
+def _short_names(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """The prefixes' last parts, or the whole prefixes where these are not distinct."""
+    names = tuple(Path(prefix).name for prefix in prefixes)
+    return names if len(set(names)) == len(names) else tuple(prefixes)

@@ -1,0 +1,29 @@
+"""Hugging Face: every conversion is a table of rules; folders are written whole and read tensor by tensor."""
+
+from megatron_ext.hf.convert import (
+    decoder_shape,
+    decoder_tensors,
+    is_hf_folder,
+    load_decoder_weights,
+    load_vision_from_hf,
+    model_section,
+    read_config,
+    read_decoder_tensors,
+    read_vocabulary,
+    vision_tensors,
+)
+from megatron_ext.hf.release import write_release
+
+__all__ = [
+    "decoder_shape",
+    "decoder_tensors",
+    "is_hf_folder",
+    "load_decoder_weights",
+    "load_vision_from_hf",
+    "model_section",
+    "read_config",
+    "read_decoder_tensors",
+    "read_vocabulary",
+    "vision_tensors",
+    "write_release",
+]

@@ -1,0 +1,19 @@
+"""Pictures and clips: finding them, decoding them safely, bringing them to size."""
+
+from megatron_ext.media.clips import Clip, decode_clip
+from megatron_ext.media.errors import MediaError
+from megatron_ext.media.pictures import decode_picture
+from megatron_ext.media.resize import ResizeConfig, resize, smart_resize
+from megatron_ext.media.samples import Sample, list_samples
+
+__all__ = [
+    "Clip",
+    "MediaError",
+    "ResizeConfig",
+    "Sample",
+    "decode_clip",
+    "decode_picture",
+    "list_samples",
+    "resize",
+    "smart_resize",
+]

@@ -1,0 +1,45 @@
+"""Safe decoding of pictures from untrusted bytes."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from megatron_ext.media.errors import MediaError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+MAX_PIXELS = 100_000_000  # a few kilobytes can claim gigapixels; the largest photographs have about this many
+
+
+def decode_picture(data: bytes) -> np.ndarray:
+    """The picture as uint8 [H, W, 3]: turned upright by its EXIF orientation, transparency laid on white.
+
+    Of an animation the first frame is taken.
+
+    Raises:
+        MediaError: not a picture of a known format, damaged, truncated or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise MediaError(f"{image.height}x{image.width} pixels: more than {MAX_PIXELS}")
+            image.load()
+            return np.array(_rgb(ImageOps.exif_transpose(image)))
+    except (MediaError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise MediaError("not a readable picture (none of the formats " + ", ".join(FORMATS) + ")") from None
+    except Exception as error:
+        # Pillow's decoders raise whatever the damage provokes: OSError, SyntaxError, struct.error and more.
+        raise MediaError(f"not a readable picture ({' '.join(str(error).split()) or type(error).__name__})") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
+        grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

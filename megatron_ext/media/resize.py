@@ -1,0 +1,83 @@
+"""Resize rules: a fixed square, or the paper's bounds on the area with the aspect ratio kept.
+
+Shapes: H W pixels, C colour channels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from megatron_ext.config import InputError
+from megatron_ext.media.errors import MediaError
+
+MAX_ASPECT_RATIO = 5  # upstream image_processing_emu3visionvq.py:53-144
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeConfig:
+    """To which size pictures and frames are brought before they are encoded."""
+
+    rule: Literal["area", "square"] = "area"
+    """area: keep the aspect ratio, round both sides to the spatial factor, keep the area within min_pixels and
+    max_pixels, as Emu3; square: the largest centred square, brought to size x size."""
+
+    size: int = 512
+    """Side of the square in pixels, rule square only."""
+
+    min_pixels: int = 512 * 512
+    """Smaller pictures are enlarged to at least this area, rule area only."""
+
+    max_pixels: int = 1024 * 1024
+    """Larger pictures are reduced to at most this area, rule area only."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 1 <= self.min_pixels <= self.max_pixels:
+            raise InputError(
+                f"resize: size = {self.size}, min_pixels = {self.min_pixels}, max_pixels = {self.max_pixels}: "
+                "must be positive, and min_pixels at most max_pixels"
+            )
+
+
+def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """Height and width as multiples of `factor` whose area is within the bounds, the aspect ratio nearly kept.
+
+    Source: upstream image_processing_emu3visionvq.py:53-144.
+
+    Raises:
+        MediaError: a side below `factor`, or one side more than 5 times the other.
+    """
+    if min(height, width) < factor:
+        raise MediaError(f"{height}x{width} pixels: each side must have at least {factor}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise MediaError(f"{height}x{width} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+    new_height, new_width = (round(side / factor) * factor for side in (height, width))
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        new_height, new_width = (max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height, new_width = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def resize(picture_HWC: np.ndarray, config: ResizeConfig, factor: int) -> np.ndarray:
+    """The uint8 picture brought to the size `config` says, bicubic; sides are multiples of `factor`.
+
+    Raises:
+        MediaError: rule area, and the picture is too small or too elongated.
+    """
+    height, width = picture_HWC.shape[:2]
+    if config.rule == "square":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        picture_HWC = picture_HWC[top : top + side, left : left + side]
+        target = (config.size, config.size)
+    else:
+        target = smart_resize(height, width, factor=factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
+    if picture_HWC.shape[:2] == target:
+        return np.ascontiguousarray(picture_HWC)
+    resized = Image.fromarray(picture_HWC).resize((target[1], target[0]), Image.Resampling.BICUBIC)
+    return np.asarray(resized)

@@ -1,0 +1,169 @@
+"""Pictures and clips with captions, from folders and tar files.
+
+A folder is img2dataset's "files" output: KEY.jpg (or another picture or clip), KEY.txt with the caption, KEY.json with
+more about it; sub-folders are searched. A tar is a WebDataset shard: members of one key stand together.
+A key is the path without everything from the first dot of its last part.
+
+Listing reads names only (of a tar, its headers); the bytes are read sample by sample, in any order.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_ext.config import InputError
+from megatron_ext.media.errors import MediaError
+
+KINDS = {
+    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"), "image"),
+    **dict.fromkeys(("mp4", "m4v", "webm", "mkv", "mov", "avi"), "video"),
+}
+
+# KEY.mask.png beside KEY.jpg is something else about the sample; alone it is a picture whose name has a dot.
+OTHER_MEDIA = "other media"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Bytes of a file."""
+
+    path: Path
+    """The file: one of the sample's own, or the tar that holds it."""
+
+    offset: int
+    """First byte."""
+
+    size: int
+    """Number of bytes."""
+
+    stamp: int
+    """Modification time of the file in nanoseconds, as it was listed."""
+
+    def read(self) -> bytes:
+        """The bytes."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A picture or a clip, where its bytes are, and its captions."""
+
+    key: str
+    """Unique among the inputs."""
+
+    kind: Literal["image", "video"]
+    """A picture or a clip."""
+
+    source: str
+    """Path of the media file, for a tar followed by the member's name."""
+
+    media: Extent
+    """The encoded picture or clip."""
+
+    text: Extent | None
+    """KEY.txt: a caption."""
+
+    fields: Extent | None
+    """KEY.json: an object; `caption`, `captions` (a list) and `caption_*` (another language) are captions."""
+
+    def captions(self) -> tuple[str, ...]:
+        """The captions, that of KEY.txt first, then those of KEY.json in its order; no empty one, none twice.
+
+        Raises:
+            MediaError: the files are not UTF-8, or KEY.json is not a JSON object.
+        """
+        found: list[str] = []
+        try:
+            if self.text:
+                found.append(self.text.read().decode("utf-8"))
+            if self.fields:
+                fields = json.loads(self.fields.read().decode("utf-8"))
+                if not isinstance(fields, dict):
+                    raise MediaError("its .json is not an object")
+                found += _captions(fields)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise MediaError(f"its captions are unreadable: {error}") from None
+        return tuple(dict.fromkeys(caption.strip() for caption in found if caption.strip()))
+
+
+def list_samples(inputs: Iterable[str | Path]) -> list[Sample]:
+    """All samples of the folders and tars, in the order given, within each by key.
+
+    Raises:
+        InputError: an input is missing, unreadable or without media; a key twice; two media files of one key.
+    """
+    samples: dict[str, Sample] = {}
+    for path in map(Path, inputs):
+        if path.is_dir():
+            entries = _folder_entries(path)
+        elif path.is_file():
+            entries = _tar_entries(path)
+        else:
+            raise InputError(f"input {str(path)!r} is missing: give a folder of media files or a WebDataset tar")
+        found = _grouped(entries)
+        if not found:
+            raise InputError(f"input {str(path)!r} holds no picture and no clip ({', '.join(KINDS)})")
+        for sample in found:
+            if sample.key in samples:
+                raise InputError(
+                    f"key {sample.key!r} is in {samples[sample.key].source} and in {sample.source}: keys must be unique"
+                )
+            samples[sample.key] = sample
+    return list(samples.values())
+
+
+def _captions(fields: dict) -> Iterator[str]:
+    for name, value in fields.items():
+        if name == "captions" and isinstance(value, list):
+            yield from (item for item in value if isinstance(item, str))
+        elif isinstance(value, str) and (name == "caption" or name.startswith("caption_")):
+            yield value
+
+
+def _folder_entries(folder: Path) -> Iterator[tuple[str, str, Extent]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            status = path.stat()
+            extent = Extent(path=path, offset=0, size=status.st_size, stamp=status.st_mtime_ns)
+            yield path.relative_to(folder).as_posix(), str(path), extent
+
+
+def _tar_entries(path: Path) -> Iterator[tuple[str, str, Extent]]:
+    stamp = path.stat().st_mtime_ns
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    extent = Extent(path=path, offset=member.offset_data, size=member.size, stamp=stamp)
+                    yield member.name.removeprefix("./"), f"{path}:{member.name}", extent
+    except tarfile.TarError as error:
+        raise InputError(f"input {str(path)!r} is not an uncompressed tar ({error})") from None
+
+
+def _grouped(entries: Iterable[tuple[str, str, Extent]]) -> list[Sample]:
+    """Samples of entries (name, source, extent), sorted by key; other files are passed over."""
+    parts: dict[str, dict[str, tuple[str, Extent]]] = {}
+    for name, source, extent in entries:
+        folder, _, last = name.rpartition("/")
+        stem, _, suffix = last.partition(".")
+        if not stem:  # hidden files
+            continue
+        files = parts.setdefault(f"{folder}/{stem}" if folder else stem, {})
+        suffix = suffix.lower()
+        role = "media" if suffix in KINDS else OTHER_MEDIA if suffix.rpartition(".")[2] in KINDS else suffix
+        if role in ("media", OTHER_MEDIA) and role in files:
+            raise InputError(f"{files[role][0]} and {source}: two media files of one key")
+        files[role] = (source, extent)
+    samples = []
+    for key, files in sorted(parts.items()):
+        if "media" in files or OTHER_MEDIA in files:
+            source, media = files.get("media") or files[OTHER_MEDIA]
+            text, fields = (files[role][1] if role in files else None for role in ("txt", "json"))
+            kind = KINDS[source.rpartition(".")[2].lower()]
+            samples.append(Sample(key=key, kind=kind, source=source, media=media, text=text, fields=fields))
+    return samples

@@ -1,0 +1,52 @@
+"""Progress of a long pass over a known number of items: a bar on a terminal, a plain line now and then elsewhere."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from megatron_ext.observe.writers import duration
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Callable[[int], None]]:
+    """A function to call with the number of items just done; shows count, rate and time left.
+
+    `unit` is what an item is called, in the plural.
+    """
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(label, total=total, rate="")
+
+            def advance(count: int) -> None:
+                bar.advance(task, count)
+                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} {unit}/s")
+
+            yield advance
+        return
+
+    start = last = time.monotonic()
+    done = 0
+
+    def report(count: int) -> None:
+        nonlocal done, last
+        done += count
+        now = time.monotonic()
+        if done == total or now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            rate = done / max(now - start, 1e-9)
+            left = duration((total - done) / rate)
+            console.print(f"{label}: {done}/{total} {unit} | {rate:.1f} {unit}/s | ETA {left}", soft_wrap=True)
+
+    yield report

@@ -1,0 +1,85 @@
+"""The run folder: config.yaml, metrics.jsonl, events.jsonl, tensorboard/, and the console of the run."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
+
+
+class Run:
+    """Writes what a run tells. Every rank holds one; only the main rank's writes and prints, so no caller asks."""
+
+    def __init__(self, observe: ObserveConfig, *, is_main: bool, total_steps: int | None = None) -> None:
+        """Use `Run.open`."""
+        self.folder = Path(observe.run_dir)
+        self.console = Console(quiet=not is_main, highlight=False)
+        self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
+        self._events: JsonLines | None = None
+        if is_main:
+            self._writers = [
+                JsonLines(self.folder / "metrics.jsonl"),
+                ConsoleLines(self.console, observe.log_interval, total_steps),
+            ]
+            if observe.tensorboard:
+                self._writers.append(TensorBoard(self.folder / "tensorboard"))
+            self._events = JsonLines(self.folder / "events.jsonl")
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(
+        cls, observe: ObserveConfig, is_main: bool, config_yaml: str, *, total_steps: int | None = None
+    ) -> Iterator["Run"]:
+        """Open the run folder, write config.yaml there, and log event `start` with the configuration.
+
+        `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
+        `failure` with it.
+        """
+        if is_main:
+            Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
+            (Path(observe.run_dir) / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        run = cls(observe, is_main=is_main, total_steps=total_steps)
+        run.log_event("start", config=yaml.safe_load(config_yaml))
+        try:
+            yield run
+        except BaseException as error:
+            run.log_event("failure", error=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            run.close()
+
+    def log_metrics(self, metrics: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl, TensorBoard scalars, and a console line when one is due.
+
+        `metrics` holds `step`; a training line holds `loss`, an evaluation's only `valid_*`. Whatever depends on the
+        wall clock stands under `timing`, so that two equal runs differ nowhere else.
+        """
+        for writer in self._writers:
+            writer.write(metrics)
+
+    def log_event(self, kind: str, **fields: Any) -> None:
+        """One line of events.jsonl: what happened and when (seconds since 1970)."""
+        if self._events is not None:
+            self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
+
+    def truncate_after(self, step: int) -> None:
+        """Forget the metrics after `step`, where this start resumes (0: a new run), and log event `resume`.
+
+        Call it once, before the first `log_metrics`: the steps a killed start did after its last checkpoint come again.
+        """
+        for writer in self._writers:
+            if not isinstance(writer, ConsoleLines):
+                writer.truncate_after(step)
+        self.log_event("resume", step=step)
+
+    def close(self) -> None:
+        """Flush and close all files."""
+        for writer in (*self._writers, self._events):
+            if isinstance(writer, JsonLines | TensorBoard):
+                writer.close()

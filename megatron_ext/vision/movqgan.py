@@ -1,0 +1,299 @@
+"""The Emu3 vision tokenizer: a MoVQGAN with causal temporal layers, encode and decode.
+
+Module names are those of BAAI's released checkpoint, so its tensors load as they are.
+Shapes: B batch, T frames, t latent frames, C colour channels, H W pixels, h w code grid, Z latent channels,
+D codebook vector size, N = B * T frames.
+Source: github.com/baaivision/Emu3 emu3/tokenizer/modeling_emu3visionvq.py, cited as E3 with line numbers.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_ext.config import InputError, as_dict
+from megatron_ext.vision.blocks import (
+    NUM_GROUPS,
+    AttentionBlock,
+    CausalConv3d,
+    Downsample,
+    MiddleBlock,
+    Norm,
+    ResnetBlock,
+    SpatialNorm,
+    TemporalDownsample,
+    TemporalResBlock,
+    TemporalUpsample,
+    Upsample,
+)
+from megatron_ext.vision.quantizer import VectorQuantizer
+
+PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": "bicubic", "clips": "chunks"}
+"""What turns a picture of any size into the network's input and a clip into calls: part of a tokenizer's identity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionTokenizerConfig:
+    """Shape of a vision tokenizer; the defaults are Emu3's (270,740,287 parameters). Names are BAAI's."""
+
+    codebook_size: int = 32768
+    """Number of visual codes."""
+
+    embed_dim: int = 4
+    """Numbers in a codebook vector."""
+
+    z_channels: int = 4
+    """Channels of the latent map; equal to embed_dim, because the decoder's temporal layers take both maps."""
+
+    in_channels: int = 3
+    """Colour channels read."""
+
+    out_channels: int = 3
+    """Colour channels drawn."""
+
+    temporal_downsample_factor: int = 4
+    """Frames of a clip behind one frame of codes; a power of two."""
+
+    ch: int = 256
+    """Width of the finest stage; a multiple of 32, the number of groups of the group norms."""
+
+    ch_mult: tuple[int, ...] = (1, 2, 2, 4)
+    """Width of each stage over ch; n stages give the spatial factor 2^(n-1)."""
+
+    num_res_blocks: int = 2
+    """Residual blocks in a stage of the encoder (the decoder has one more) and in each temporal stack."""
+
+    attn_resolutions: tuple[int, ...] = (3,)
+    """Indices of the stages (not pixels) with attention."""
+
+    def __post_init__(self) -> None:
+        if self.ch % NUM_GROUPS or self.ch < 1:
+            raise InputError(f"ch = {self.ch}: must be a positive multiple of {NUM_GROUPS}, the groups of the norms")
+        if self.z_channels != self.embed_dim:
+            raise InputError(f"z_channels = {self.z_channels}: must equal embed_dim = {self.embed_dim}")
+        factor = self.temporal_downsample_factor
+        if factor < 1 or factor & (factor - 1):
+            raise InputError(f"temporal_downsample_factor = {factor}: must be a power of two")
+        stages = len(self.ch_mult)
+        if not stages or any(not 0 <= stage < stages for stage in self.attn_resolutions):
+            raise InputError(f"attn_resolutions = {self.attn_resolutions}: must be stage indices below {stages}")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels along one side of a code."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage, finest first."""
+        return tuple(self.ch * multiple for multiple in self.ch_mult)
+
+    @property
+    def num_time_convs(self) -> int:
+        """Temporal halvings in the encoder, doublings in the decoder."""
+        return self.temporal_downsample_factor.bit_length() - 1
+
+
+def _stage(blocks: list[nn.Module], attention: list[nn.Module]) -> nn.Module:
+    stage = nn.Module()
+    stage.block = nn.ModuleList(blocks)
+    stage.attn = nn.ModuleList(attention)
+    return stage
+
+
+def _run_stage(stage: nn.Module, x_NCHW: Tensor, zq_NZhw: Tensor | None = None) -> Tensor:
+    for index, block in enumerate(stage.block):
+        x_NCHW = block(x_NCHW, zq_NZhw)
+        if len(stage.attn):
+            x_NCHW = stage.attn[index](x_NCHW, zq_NZhw)
+    return x_NCHW
+
+
+class Encoder(nn.Module):
+    """Pixels to latents: a 2D network on every frame, then temporal layers on the small latent (E3:471-593)."""
+
+    def __init__(self, config: VisionTokenizerConfig) -> None:
+        super().__init__()
+        widths, z = config.widths, config.z_channels
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = config.ch
+        for level, out_width in enumerate(widths):
+            blocks = [ResnetBlock(width if i == 0 else out_width, out_width) for i in range(config.num_res_blocks)]
+            attends = level in config.attn_resolutions
+            stage = _stage(blocks, [AttentionBlock(out_width) for _ in blocks] if attends else [])
+            if level < len(widths) - 1:
+                stage.downsample = Downsample(out_width)
+            self.down.append(stage)
+            width = out_width
+        self.mid = MiddleBlock(width)
+        self.norm_out = Norm(width)
+        self.conv_out = nn.Conv2d(width, z, 3, padding=1)
+        self.time_conv = nn.ModuleList(TemporalDownsample(z) for _ in range(config.num_time_convs))
+        self.time_res_stack = nn.ModuleList(TemporalResBlock(z) for _ in range(config.num_res_blocks))
+
+    def frames(self, pixels_NCHW: Tensor) -> Tensor:
+        """The 2D part: latents [N, Z, h, w] of single frames."""
+        h_NCHW = self.conv_in(pixels_NCHW)
+        for stage in self.down:
+            h_NCHW = _run_stage(stage, h_NCHW)
+            if hasattr(stage, "downsample"):
+                h_NCHW = stage.downsample(h_NCHW)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h_NCHW))))
+
+    def time(self, h_BZThw: Tensor) -> Tensor:
+        """The temporal part: [B, Z, t, h, w] with t = T / temporal factor."""
+        for conv in self.time_conv:
+            h_BZThw = F.silu(conv(h_BZThw))
+        for block in self.time_res_stack:
+            h_BZThw = block(h_BZThw)
+        return h_BZThw
+
+
+class Decoder(nn.Module):
+    """Quantised map to pixels: temporal layers, then a 2D network on every frame that is wanted (E3:596-720)."""
+
+    def __init__(self, config: VisionTokenizerConfig) -> None:
+        super().__init__()
+        widths, z = config.widths, config.z_channels
+        self.time_res_stack = nn.ModuleList(TemporalResBlock(z) for _ in range(config.num_res_blocks))
+        self.time_conv = nn.ModuleList(TemporalUpsample(z) for _ in range(config.num_time_convs))
+        width = widths[-1]
+        self.conv_in = nn.Conv2d(z, width, 3, padding=1)
+        self.mid = MiddleBlock(width, z)
+        stages = []
+        for level, out_width in reversed(list(enumerate(widths))):
+            count = config.num_res_blocks + 1
+            blocks = [ResnetBlock(width if i == 0 else out_width, out_width, z) for i in range(count)]
+            attends = level in config.attn_resolutions
+            stage = _stage(blocks, [AttentionBlock(out_width, z) for _ in blocks] if attends else [])
+            if level > 0:
+                stage.upsample = Upsample(out_width)
+            stages.append(stage)
+            width = out_width
+        self.up = nn.ModuleList(reversed(stages))
+        self.norm_out = SpatialNorm(width, z)
+        self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
+
+    def time(self, h_BZthw: Tensor) -> Tensor:
+        """The temporal part, the same layers for the latent and for the map that conditions the norms."""
+        for block in self.time_res_stack:
+            h_BZthw = block(h_BZthw)
+        for conv in self.time_conv:
+            h_BZthw = F.silu(conv(h_BZthw))
+        return h_BZthw
+
+    def frames(self, h_NZhw: Tensor, zq_NZhw: Tensor) -> Tensor:
+        """The 2D part: pixels [N, C, H, W] of single frames."""
+        h_NCHW = self.mid(self.conv_in(h_NZhw), zq_NZhw)
+        for stage in reversed(self.up):
+            h_NCHW = _run_stage(stage, h_NCHW, zq_NZhw)
+            if hasattr(stage, "upsample"):
+                h_NCHW = stage.upsample(h_NCHW)
+        return self.conv_out(F.silu(self.norm_out(h_NCHW, zq_NZhw)))
+
+
+class MoVQGAN(nn.Module):
+    """Pictures and clips to visual codes and back; pixels are in [-1, 1].
+
+    A picture is a clip that stands still for temporal_downsample_factor frames, as upstream; its 2D network runs
+    once, because equal frames have equal latents, and the decoder draws the one frame that is returned.
+    """
+
+    def __init__(self, config: VisionTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = VectorQuantizer(config.codebook_size, config.embed_dim)
+        self.quant_conv = CausalConv3d(config.z_channels, config.embed_dim, (3, 1, 1))
+        self.post_quant_conv = CausalConv3d(config.embed_dim, config.z_channels, (3, 1, 1))
+        for module in self.modules():
+            if isinstance(module, (nn.Conv2d, nn.Conv3d)):  # E3:734-746; the biases keep torch's default, as there
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @property
+    def identity(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of configuration, preprocessing and every tensor's name and contents.
+
+        Equal identities give equal codes for equal pixels; datasets of different ones must not be blended.
+        """
+        digest = hashlib.sha256()
+        digest.update(json.dumps([as_dict(self.config), PREPROCESSING], sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def latents(self, pixels: Tensor) -> Tensor:
+        """Vectors before quantisation, [B, D, t, h, w], of pictures [B, C, H, W] (t = 1) or clips [B, T, C, H, W].
+
+        Raises:
+            InputError: sides that are no multiple of the spatial factor, frames that are none of the temporal one.
+        """
+        self._check_size(pixels)
+        if pixels.ndim == 4:
+            frames_BZhw = self.encoder.frames(pixels)
+            h_BZThw = frames_BZhw.unsqueeze(2).expand(-1, -1, self.config.temporal_downsample_factor, -1, -1)
+        else:
+            frames_BTZhw = self.encoder.frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
+            h_BZThw = frames_BTZhw.transpose(1, 2)
+        return self.quant_conv(self.encoder.time(h_BZThw))
+
+    def render(self, quantized_BDthw: Tensor) -> Tensor:
+        """All frames [B, T, C, H, W] of quantised vectors."""
+        h_BZThw, zq_BZThw = self._decoded_in_time(quantized_BDthw)
+        batch, _, frames = h_BZThw.shape[:3]
+        h_NZhw, zq_NZhw = (x.transpose(1, 2).flatten(0, 1) for x in (h_BZThw, zq_BZThw))
+        return self.decoder.frames(h_NZhw, zq_NZhw).unflatten(0, (batch, frames))
+
+    def render_first_frame(self, quantized_BDthw: Tensor) -> Tensor:
+        """The first frame [B, C, H, W] of quantised vectors, without drawing the others."""
+        h_BZThw, zq_BZThw = self._decoded_in_time(quantized_BDthw)
+        return self.decoder.frames(h_BZThw[:, :, 0], zq_BZThw[:, :, 0])
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Codes, int64: pictures [B, C, H, W] -> [B, h, w]; clips [B, T, C, H, W] -> [B, t, h, w]."""
+        codes_Bthw = self.quantize.nearest(self.latents(pixels))
+        return codes_Bthw.squeeze(1) if pixels.ndim == 4 else codes_Bthw
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pixels: codes [B, h, w] -> pictures [B, C, H, W]; codes [B, t, h, w] -> clips [B, T, C, H, W]."""
+        if codes.ndim == 3:
+            return self.render_first_frame(self.quantize.lookup(codes.unsqueeze(1)))
+        return self.render(self.quantize.lookup(codes))
+
+    def encode_chunks(self, pixels_BTCHW: Tensor) -> Tensor:
+        """Codes [B, t, h, w] of clips, each group of temporal_downsample_factor frames on its own.
+
+        This is how BAAI's autoencode.py feeds clips; memory does not grow with the clip's length.
+        """
+        self._check_size(pixels_BTCHW)
+        chunks = pixels_BTCHW.split(self.config.temporal_downsample_factor, dim=1)
+        return torch.cat([self.encode(chunk) for chunk in chunks], dim=1)
+
+    def decode_chunks(self, codes_Bthw: Tensor) -> Tensor:
+        """Clips [B, T, C, H, W] of codes made by `encode_chunks`."""
+        return torch.cat([self.decode(codes) for codes in codes_Bthw.split(1, dim=1)], dim=1)
+
+    def _decoded_in_time(self, quantized_BDthw: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent and condition after the temporal layers, which take both as one batch (batch norm sees both)."""
+        both = torch.cat((self.post_quant_conv(quantized_BDthw), quantized_BDthw))
+        return self.decoder.time(both).chunk(2)
+
+    def _check_size(self, pixels: Tensor) -> None:
+        factor = self.config.spatial_factor
+        height, width = pixels.shape[-2:]
+        if height % factor or width % factor:
+            raise InputError(f"picture of {height}x{width} pixels: both sides must be multiples of {factor}")
+        frames = pixels.shape[1] if pixels.ndim == 5 else self.config.temporal_downsample_factor
+        if not frames or frames % self.config.temporal_downsample_factor:
+            raise InputError(
+                f"clip of {frames} frames: must be a multiple of {self.config.temporal_downsample_factor}, "
+                "the temporal factor"
+            )

@@ -1,0 +1,59 @@
+"""A vision tokenizer on disk: config.json in BAAI's layout, model.safetensors."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from megatron_ext.config import InputError, as_dict
+from megatron_ext.vision.movqgan import MoVQGAN, VisionTokenizerConfig
+
+MODEL_TYPE = "Emu3VisionVQ"
+
+
+def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
+    """Write config.json and model.safetensors into `folder`, each under a temporary name first."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    fields = {"model_type": MODEL_TYPE, "architectures": ["Emu3VisionVQModel"], "double_z": False, "dropout": 0.0}
+    fields |= as_dict(model.config)
+    temporary = folder / "config.json.tmp"
+    temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    weights = folder / "model.safetensors.tmp"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, metadata={"format": "pt"})
+    os.replace(weights, folder / "model.safetensors")
+    os.replace(temporary, folder / "config.json")
+
+
+def load_vision_tokenizer(folder: str | Path) -> MoVQGAN:
+    """The tokenizer saved in `folder`, or a downloaded copy of BAAI's Emu3-VisionTokenizer, in evaluation mode.
+
+    Raises:
+        InputError: files are missing, unreadable, of another model type, or do not match each other.
+    """
+    folder = Path(folder)
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"vision tokenizer {str(folder)!r}: {name} is missing; give a folder that holds it")
+    model = MoVQGAN(_read_config(folder / "config.json"))
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"vision tokenizer {str(folder)!r}: model.safetensors does not fit: {reason}") from None
+    return model.eval()
+
+
+def _read_config(path: Path) -> VisionTokenizerConfig:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not readable as JSON ({error})") from None
+    if fields.get("model_type") != MODEL_TYPE or fields.get("double_z"):
+        raise InputError(f"{path}: model_type {fields.get('model_type')!r} must be {MODEL_TYPE!r} without double_z")
+    known = {field.name for field in dataclasses.fields(VisionTokenizerConfig)}
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
+    return VisionTokenizerConfig(**values)

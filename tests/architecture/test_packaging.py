@@ -1,0 +1,52 @@
+"""What pyproject.toml promises is in the tree."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.source import ROOT, product_files, syntax
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROGRAMS = PROJECT["project"]["scripts"]
+
+
+def test_every_package_is_installed():
+    folders = {path.parent.relative_to(ROOT) for path in product_files()} - {Path("."), Path("examples")}
+    packages = {".".join(folder.parts) if folder != Path("tools") else "emu3_tools" for folder in folders}
+    assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
+    assert all((ROOT / folder / "__init__.py").exists() for folder in folders)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_console_scripts_exist(program):
+    module, function = PROGRAMS[program].split(":")
+    path = ROOT / (module.replace("emu3_tools", "tools").replace(".", "/") + ".py")
+    names = {node.name for node in syntax(path).body if isinstance(node, ast.FunctionDef)}
+    assert {function, "main"} <= names
+
+
+def test_every_program_is_a_console_script():
+    modules = {target.split(":")[0] for target in PROGRAMS.values()}
+    programs = {f"emu3_tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"}
+    assert programs <= modules
+
+
+@pytest.mark.parametrize("lock", ["constraints-cpu.txt", "constraints-cuda.txt"])
+def test_locks_pin_every_direct_dependency(lock):
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-") for line in (ROOT / lock).read_text().splitlines() if "==" in line
+    }
+    extras = PROJECT["project"]["optional-dependencies"]
+    wanted = PROJECT["project"]["dependencies"] + extras["dev"] + (extras["cuda"] if "cuda" in lock else [])
+    names = {re.match(r"[\w-]+", requirement)[0].lower() for requirement in wanted}
+    assert names <= pinned
+
+
+def test_files_in_git_are_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = [ROOT / name for name in listed.split("\0") if name]
+    assert not [path for path in paths if path.is_file() and path.stat().st_size > 2_000_000]

@@ -1,0 +1,74 @@
+"""`pip install .` gives the programs: the wheel of this tree, unpacked elsewhere, run by its console scripts."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from tests.architecture.source import ROOT
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the wheel's content: what pip would put into site-packages."""
+    folder = tmp_path_factory.mktemp("installation")
+    # Built from a copy: setuptools leaves build/ and *.egg-info where it works.
+    tracked = [
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "-z",
+        "--",
+        "*.py",
+        "*.cpp",
+        "*.toml",
+        "*.jinja",
+    ]
+    names = subprocess.run(["git", *tracked], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in [name for name in names if name and not name.startswith("tests/")] + ["README.md", "LICENSE"]:
+        copy = folder / "source" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(folder / "source")], check=True)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def console_scripts(site: Path) -> dict[str, str]:
+    (path,) = site.glob("*.dist-info/entry_points.txt")
+    lines = path.read_text().split("[console_scripts]")[1].strip().splitlines()
+    return dict(line.split(" = ") for line in lines)
+
+
+def test_console_scripts_answer(installed, tmp_path):
+    """Each program's --help names its options; run outside the tree, so that only the wheel can be found."""
+    scripts = console_scripts(installed)
+    assert len(scripts) == 8
+    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+    running = {}
+    for name, target in scripts.items():
+        entry = EntryPoint(name, target, "console_scripts")
+        program = (
+            f"import sys; sys.argv = [{name!r}, '--help']; from {entry.module} import {entry.attr}; {entry.attr}()"
+        )
+        running[name] = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        if len(running) % 2 == 0:
+            running[name].wait()
+    for name, process in running.items():
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "--help" in output, name
+
+
+def test_the_extension_and_the_template_are_in_the_wheel(installed):
+    assert list(installed.glob("megatron_ext/data/_packing*.so"))
+    assert (installed / "megatron_ext/observe/report.html.jinja").exists()
+    assert not (installed / "tests").exists() and not (installed / "tools").exists()

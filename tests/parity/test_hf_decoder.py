@@ -1,0 +1,161 @@
+"""Our decoder and transformers' Emu3ForConditionalGeneration are the same function, for every layout of the ranks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, Emu3ForConditionalGeneration
+
+from megatron_ext.config import InputError
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.data.batch import Window, collate
+from megatron_ext.hf import load_decoder_weights, load_vision_from_hf, read_config, read_vocabulary, write_release
+from megatron_ext.hf.convert import model_section
+from megatron_ext.hf.decoder import canonical_name, shape_from_text_config
+from megatron_ext.model import Emu3Model, build_model
+from megatron_ext.runtime import Topology
+from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
+from megatron_ext.vocab import Vocabulary
+from tests.support.distributed import run_distributed
+from tests.support.small_models import DECODER, VISION, small_vocabulary
+
+LENGTH = 24
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported folder, with norms that are not all one."""
+    folder = tmp_path_factory.mktemp("release")
+    vocabulary = small_vocabulary()
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = build_model(DECODER, ParallelConfig(), vocabulary.layout, topology, seed=3)
+        randomize_norms(model)
+        torch.manual_seed(0)
+        write_release(folder, model, MoVQGAN(VISION).eval(), vocabulary, max_position_embeddings=128)
+    return folder
+
+
+def randomize_norms(model: Emu3Model) -> None:
+    """Weights of one would hide a mix-up."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+
+
+def load_ours(folder: Path, topology: Topology, layout: ParallelConfig) -> Emu3Model:
+    section = model_section(shape_from_text_config(read_config(folder)["text_config"]))
+    model = build_model(section, layout, read_vocabulary(folder).layout, topology, seed=9)
+    load_decoder_weights(folder, model, topology)
+    return model.eval()
+
+
+def our_logits(folder: str, sizes: dict[str, int | bool], ids: np.ndarray) -> torch.Tensor:
+    """Logits [T, V] of one document on this rank's tensor axis, without padding ids."""
+    layout = ParallelConfig(**sizes)
+    with Topology.start(RuntimeConfig(device="cpu"), layout) as topology, torch.no_grad():
+        model = load_ours(Path(folder), topology, layout)
+        window = Window(
+            ids=ids, labels=np.roll(ids, -1), mask=np.ones(len(ids), dtype=bool), boundaries=np.array([0, len(ids)])
+        )
+        logits_BTV = model.forward_batch(collate([window], [0], "document"), with_loss=False)
+        if topology.tensor_parallel_size > 1:
+            parts = [torch.empty_like(logits_BTV) for _ in range(topology.tensor_parallel_size)]
+            torch.distributed.all_gather(parts, logits_BTV.contiguous(), group=topology.groups.tp)
+            logits_BTV = torch.cat(parts, dim=-1)
+        return logits_BTV[0, :, : model.layout.size]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "sizes"),
+    [(1, {}), (2, {"tensor_model_parallel_size": 2}), (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True})],
+)
+def test_logits_equal(release: Path, world_size: int, sizes: dict[str, int | bool]) -> None:
+    ids = np.random.default_rng(0).integers(0, small_vocabulary().layout.size, LENGTH)
+    theirs = Emu3ForConditionalGeneration.from_pretrained(release).eval()
+    with torch.no_grad():
+        expected = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0]
+    for logits in run_distributed(our_logits, world_size, str(release), sizes, ids):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)  # measured 3e-7, all layouts
+
+
+def test_loads_without_missing_or_surplus_tensors(release: Path) -> None:
+    model, report = AutoModelForImageTextToText.from_pretrained(release, output_loading_info=True)
+    assert type(model) is Emu3ForConditionalGeneration
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_round_trip_is_bitwise(release: Path, tmp_path: Path) -> None:
+    """Hugging Face -> ours -> Hugging Face: every file of weights and configuration is the same."""
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = load_ours(release, topology, ParallelConfig())
+        vocabulary = read_vocabulary(release)
+        write_release(tmp_path, model, load_vision_from_hf(release), vocabulary, max_position_embeddings=128)
+        padding = model.embedding.word_embeddings.weight[vocabulary.layout.size :]
+        assert padding.numel() and not padding.any()
+    for path in sorted(release.rglob("*.*")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(release)).read_bytes(), path.name
+
+
+def test_every_parameter_is_named_once(release: Path) -> None:
+    from safetensors import safe_open
+
+    with safe_open(release / "model.safetensors", framework="pt") as file:
+        written = list(file.keys())
+    theirs = Emu3ForConditionalGeneration.from_pretrained(release)
+    # transformers stores model.text_model.* as text_model.model.* (conversion_mapping.py, "emu3").
+    stored = [
+        name.replace("model.text_model.", "text_model.model.", 1)
+        .replace("model.vqmodel.", "vqmodel.", 1)
+        .replace("lm_head.", "text_model.lm_head.", 1)
+        for name in theirs.state_dict()
+    ]
+    assert sorted(written) == sorted(stored)
+
+
+def wrong_shape(folder: str) -> str:
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        other = ModelConfig(**{**vars(DECODER), "ffn_hidden_size": 40})
+        model = build_model(other, ParallelConfig(), small_vocabulary().layout, topology, seed=0)
+        with pytest.raises(InputError) as error:
+            load_decoder_weights(folder, model, topology)
+    return str(error.value)
+
+
+def test_another_shape_is_refused(release: Path) -> None:
+    assert "model.ffn_hidden_size is 40" in wrong_shape(str(release))
+
+
+def test_incomplete_folder_is_refused(release: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(release / "model.safetensors")
+    del tensors["text_model.model.layers.1.self_attn.k_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((release / "config.json").read_bytes())
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = build_model(DECODER, ParallelConfig(), small_vocabulary().layout, topology, seed=0)
+        with pytest.raises(InputError, match="k_proj.weight is missing"):
+            load_decoder_weights(tmp_path, model, topology)
+
+
+def test_names_of_all_parameters_are_canonical(release: Path) -> None:
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = build_model(DECODER, ParallelConfig(), small_vocabulary().layout, topology, seed=0)
+        names = {canonical_name(name) for name, _ in model.named_parameters()}
+        keys = {tensor.key for tensor in model.sharded_state_dict().values() if hasattr(tensor, "key")}
+    # megatron-core keeps all layers of a parameter under one key, without the layer's number.
+    assert {name.replace("layers.0.", "layers.").replace("layers.1.", "layers.") for name in names} <= keys
+
+
+def test_config_is_whole_when_there(release: Path) -> None:
+    config = json.loads((release / "config.json").read_text())
+    layout = small_vocabulary().layout
+    assert len(config["vocabulary_map"]) == layout.size
+    assert config["vocabulary_map"]["<image>"] == layout.image_placeholder == config["image_token_id"]
+    assert isinstance(read_vocabulary(release), Vocabulary)
+    assert VisionTokenizerConfig(**vars(VISION)) == load_vision_from_hf(release).config

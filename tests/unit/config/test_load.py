@@ -1,0 +1,61 @@
+"""Configuration: precedence, errors in one line, and a YAML round trip."""
+
+import dataclasses
+
+import pytest
+
+from megatron_ext.config import InputError, load, to_yaml
+from megatron_ext.config.run import RunConfig
+
+REQUIRED = ["--train.train_steps", "3", "--observe.run_dir", "runs/x"]
+
+
+def test_defaults_then_files_left_to_right_then_command_line(tmp_path):
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("optim: {lr: 1e-3, weight_decay: 0.3}\ndata: {train: [{prefix: a}, {prefix: b, weight: 2}]}\n")
+    second.write_text("optim: {lr: 2e-3}\n")
+    config = load(RunConfig, [*REQUIRED, "--config", str(first), "--config", str(second), "--optim.min_lr", "1e-5"])
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.min_lr, config.optim.clip_grad) == (
+        2e-3,
+        0.3,
+        1e-5,
+        1.0,
+    )
+    assert [(dataset.prefix, dataset.weight) for dataset in config.data.train] == [("a", 1.0), ("b", 2.0)]
+
+
+def test_yaml_round_trip(tmp_path):
+    config = load(
+        RunConfig, [*REQUIRED, "--data.train", '[{"prefix": "a", "weight": 0.25}]', "--model.num_layers", "3"]
+    )
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load(RunConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--optim.weight_deacy", "1"], "'optim.weight_decay'"),
+        (["--train.trainsteps", "1"], "'train.train_steps'"),
+        (["--optim.lr", "fast"], "fast"),
+        (["--data.train", '[{"prefx": "a"}]'], "'data.train.prefix'"),
+        (["--config", "no/such.yaml"], "no/such.yaml"),
+        (["--model.preset", "emu4"], "emu4"),
+    ],
+)
+def test_a_fault_is_one_line_that_names_it(arguments, named):
+    with pytest.raises(InputError) as error:
+        load(RunConfig, [*REQUIRED, *arguments])
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_required_field_is_named():
+    with pytest.raises(InputError, match=r"train\.train_steps"):
+        load(RunConfig, ["--observe.run_dir", "runs/x"])
+
+
+def test_sections_are_frozen():
+    config = load(RunConfig, REQUIRED)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.optim.lr = 1.0

@@ -1,0 +1,61 @@
+"""Every rule that spans sections: a configuration that breaks it, and what the message must name."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megatron_ext.config import InputError, load
+from megatron_ext.config.run import RunConfig
+from megatron_ext.config.validate import RULES, validate
+
+GOOD = load(
+    RunConfig,
+    ["--train.train_steps", "3", "--train.seq_length", "64", "--train.global_batch_size", "4", "--observe.run_dir", "x",
+     "--data.train", '[{"prefix": "a"}]'],
+)  # fmt: skip
+
+BROKEN = [
+    ({"train.micro_batch_size": 0}, 1, "train.micro_batch_size 0"),
+    ({"train.micro_batch_size": 3}, 1, "train.global_batch_size 4"),
+    ({}, 8, "data-parallel size 8"),
+    (
+        {"parallel.context_parallel_size": 2, "train.seq_length": 66, "data.attention_scope": "window"},
+        2,
+        "train.seq_length 66",
+    ),
+    ({"parallel.context_parallel_size": 2, "data.document_alignment": 2}, 2, "data.document_alignment 2"),
+    ({"data.document_alignment": 24}, 1, "data.document_alignment 24"),
+    ({"train.seq_length": 2**24, "objective.vision_loss_weight": 0.3}, 1, "objective.vision_loss_weight 0.3"),
+    ({"train.seq_length": 2**28}, 1, "2^31"),
+    ({"data.train": ()}, 1, "data.train is empty"),
+    ({"train.eval_interval": 5}, 1, "data.valid"),
+    ({"checkpoint.save_interval": 0}, 1, "checkpoint.save_interval 0"),
+]
+
+
+def change(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    for name, value in changes.items():
+        section, field = name.split(".")
+        part = dataclasses.replace(getattr(config, section), **{field: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+@pytest.mark.parametrize(("changes", "world_size", "named"), BROKEN)
+def test_broken(changes, world_size, named):
+    with pytest.raises(InputError) as error:
+        validate(change(GOOD, changes), world_size)
+    assert named in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_rule_is_broken_by_one_row_of_the_table():
+    rows = [(change(GOOD, changes), world_size) for changes, world_size, _ in BROKEN]
+    first_broken = {next(rule for rule in RULES if rule.broken(config, size)) for config, size in rows}
+    assert first_broken == set(RULES)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_good(world_size):
+    validate(GOOD, world_size)

@@ -1,0 +1,105 @@
+"""tokenizer.json gives the ids of our text tokenizers, on any text."""
+
+import dataclasses
+from functools import cache
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from megatron_ext.config import InputError
+from megatron_ext.hf.tokenizer import IMAGE_PLACEHOLDER, build_tokenizer, merges_of
+from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
+from tests.support.small_models import CORPUS, small_vocabulary
+from tokenizer_train.text.train import TextTokenizerTrainConfig, train_model
+
+ADVERSARIAL = (
+    "", " ", "  ", "\n", "\r\n\r\n", "\t \n  x", "   leading and trailing   ", "0123456789 1,000.00 ２３",
+    "一只狐狸123只", "哈哈哈哈哈哈哈", "aaaaaaaaaaaaaaaaaa", "- -- --- ---- -----", "haha hahahahaha", "it's THEY'LL we’ve",
+    "🦊👩‍👩‍👧🏳️‍🌈", "e\u0301 é \u2581 \u2581\u2581 \ufeff \u200b", "<0x0A> <s> </s> <unk>", "\x00\x01\x7f", "ﬁ Ａ ½",
+)  # fmt: skip
+FRAGMENTS = (*"ab01 \n\t'-*é一🦊", "  ", "fox", "the ", "红色", "\u2581", "<0x41>", "'s", "\r\n", "haha")
+
+TEXT = st.one_of(st.text(max_size=40), st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
+
+
+@cache
+def emu3() -> tuple[Vocabulary, Tokenizer]:
+    vocabulary = Vocabulary(VocabLayout.emu3(), QwenTokenizer())
+    return vocabulary, build_tokenizer(vocabulary.text, vocabulary.layout)
+
+
+@cache
+def custom() -> tuple[Vocabulary, Tokenizer]:
+    vocabulary = small_vocabulary()
+    return vocabulary, build_tokenizer(vocabulary.text, vocabulary.layout)
+
+
+@cache
+def unigram() -> tuple[Vocabulary, Tokenizer]:
+    text = train(CORPUS * 4, vocab_size=330, model_type="unigram")
+    vocabulary = Vocabulary(VocabLayout.custom(text_size=text.size, codebook_size=4), text)
+    return vocabulary, build_tokenizer(text, vocabulary.layout)
+
+
+def train(lines: tuple[str, ...], **options: object) -> SentencePieceTokenizer:
+    return SentencePieceTokenizer(
+        train_model(lines, TextTokenizerTrainConfig(input=("unused",), output="unused", **options))
+    )
+
+
+@pytest.mark.parametrize("built", [emu3, custom, unigram])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXT)
+@example(text="".join(ADVERSARIAL))
+def test_ids_equal(built, text: str) -> None:
+    vocabulary, tokenizer = built()
+    assume("<|" not in text and IMAGE_PLACEHOLDER not in text)
+    assert tokenizer.encode(text, add_special_tokens=False).ids == vocabulary.text.encode(text)
+
+
+@pytest.mark.parametrize("built", [emu3, custom, unigram])
+def test_ids_equal_on_adversarial_texts(built) -> None:
+    vocabulary, tokenizer = built()
+    for text in (*ADVERSARIAL, *CORPUS):
+        ids = vocabulary.text.encode(text)
+        assert tokenizer.encode(text, add_special_tokens=False).ids == ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=False) == vocabulary.text.decode(ids), text
+
+
+def test_merges_are_those_of_the_hub() -> None:
+    """Emu3-community's merges.txt has 151,387 lines: one per piece of two or more bytes."""
+    assert len(merges_of(QwenTokenizer().pieces())) == 151_387
+
+
+def test_merges_rebuild_every_piece() -> None:
+    pieces = [*"abc", "ab", "abc", "abab", "cc"]
+    assert merges_of(pieces) == [("a", "b"), ("ab", "c"), ("ab", "ab"), ("c", "c")]
+
+
+@pytest.mark.parametrize("built", [emu3, custom])
+def test_special_and_visual_strings(built) -> None:
+    vocabulary, tokenizer = built()
+    layout = vocabulary.layout
+    assert tokenizer.get_vocab_size() == layout.size
+    assert tokenizer.token_to_id(IMAGE_PLACEHOLDER) == layout.image_placeholder
+    assert tokenizer.token_to_id("<|visual token 000007|>") == layout.visual_start + 7
+    for string, token_id in layout.special_tokens:
+        if token_id != layout.image_placeholder:
+            assert tokenizer.token_to_id(string) == token_id
+
+
+def test_a_piece_spelled_like_a_special_token_is_refused() -> None:
+    text = small_vocabulary().text
+    piece = max(text.pieces(), key=len).decode()
+    layout = VocabLayout.custom(text_size=text.size, codebook_size=4)
+    clash = dataclasses.replace(layout, special_strings=(*layout.special_strings, piece))
+    with pytest.raises(InputError, match="instead of"):
+        build_tokenizer(text, clash)
+
+
+def test_special_strings_in_text_are_the_one_difference() -> None:
+    vocabulary, tokenizer = custom()
+    assert tokenizer.encode("<|image start|>").ids == [vocabulary.layout.sov]
+    assert len(vocabulary.text.encode("<|image start|>")) > 1

@@ -1,0 +1,22 @@
+"""Progress without a terminal: plain lines with rate and time left."""
+
+import io
+
+from rich.console import Console
+
+from megatron_ext.observe import progress as progress_module
+from megatron_ext.observe.progress import progress
+
+
+def test_plain_lines(monkeypatch):
+    clock = iter([0.0, 4.0, 6.0, 10.0, 11.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    output = io.StringIO()
+    with progress("tokenize", 40, "pictures", Console(file=output, width=30)) as advance:
+        for _ in range(4):
+            advance(10)
+    # 4 s after the start is too early for a line; 6 s and the last item are not.
+    assert output.getvalue().splitlines() == [
+        "tokenize: 20/40 pictures | 3.3 pictures/s | ETA 6s",
+        "tokenize: 40/40 pictures | 3.6 pictures/s | ETA 0s",
+    ]

@@ -1,0 +1,136 @@
+"""The training program: it learns, resumes exactly, refuses changed configurations, exports what transformers reads."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ext.config import InputError, load
+from megatron_ext.observe import read_json_lines
+from megatron_ext.vision import load_vision_tokenizer
+from tokenizer_train.vision import train, trainer
+from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    """The quickstart's configuration, cut to seconds: half the side, one stage less, every stage of the recipe."""
+    monkeypatch.chdir(ROOT)
+    options = {
+        "model.codebook_size": 32,
+        "model.ch_mult": "[1,1]",
+        "model.attn_resolutions": "[]",
+        "media.size": 16,
+        "media.clip_share": 0.3,
+        "codebook.start_step": 3,
+        "codebook.kmeans_batches": 4,
+        "codebook.restart_interval": 2,
+        "codebook.restart_until_step": 8,
+        "optim.lr_warmup_steps": 2,
+        "train.train_steps": 12,
+        "train.freeze_batch_norm_step": 9,
+        "train.eval_interval": 6,
+        "train.eval_samples": 3,
+        "train.num_threads": 1,
+        "checkpoint.save_interval": 4,
+        "observe.run_dir": tmp_path / "run",
+        "observe.tensorboard": "false",
+    }
+    return [f"--config={EXAMPLE}", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def lines(folder: Path) -> list[dict]:
+    """The metrics without what depends on the clock."""
+    return [{k: v for k, v in line.items() if k != "timing"} for line in read_json_lines(folder / "metrics.jsonl")]
+
+
+def test_shipped_configuration_loads_and_suits_transformers():
+    config = load(VisionTokenizerTrainingConfig, [f"--config={EXAMPLE}"])
+    assert config.media.size // config.model.spatial_factor == 16
+    # transformers' class gives every attention the width of the last stage.
+    assert all(config.model.widths[stage] == config.model.widths[-1] for stage in config.model.attn_resolutions)
+
+
+def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch, capsys):
+    train.main([*arguments, f"--observe.run_dir={tmp_path / 'whole'}"])
+    assert "finished" in capsys.readouterr().out
+    original = trainer.Trainer._train_step
+
+    def interrupted(self, step):
+        line = original(self, step)
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return line
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main(arguments)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert "saved at step 6" in capsys.readouterr().out
+    assert not (tmp_path / "run/tokenizer").exists()
+    monkeypatch.setattr(trainer.Trainer, "_train_step", original)
+    train.main(arguments)
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    resumed, whole = (load_vision_tokenizer(tmp_path / name / "tokenizer") for name in ("run", "whole"))
+    assert resumed.identity == whole.identity
+    events = [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")]
+    assert events.count("resume") == 2 and "save" in events
+
+
+def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkeypatch):
+    original = trainer.Trainer._train_step
+
+    def killed(self, step):
+        if step == 7:
+            raise RuntimeError("power cut")
+        return original(self, step)
+
+    monkeypatch.setattr(trainer.Trainer, "_train_step", killed)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train.main(arguments)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", original)
+    train.main(arguments)
+    steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_finished_training_is_left_alone(arguments, tmp_path, capsys):
+    train.main(arguments)
+    weights = tmp_path / "run/tokenizer/model.safetensors"
+    before, metrics = weights.stat().st_mtime_ns, lines(tmp_path / "run")
+    train.main(arguments)
+    assert weights.stat().st_mtime_ns == before and lines(tmp_path / "run") == metrics
+    assert (tmp_path / "run/reconstruction.png").stat().st_size > 1000
+    evaluation = [line for line in metrics if "valid_psnr" in line]
+    assert [line["step"] for line in evaluation] == [6, 12]
+    assert {"valid_psnr", "valid_psnr_clips", "valid_codes_used", "valid_perplexity"} < set(evaluation[0])
+    with pytest.raises(InputError, match=r"optim.lr = 0.5, but .* was made with 0.002"):
+        train.main([*arguments, "--optim.lr=0.5"])
+
+
+def test_training_starts_from_a_tokenizer(arguments, tmp_path):
+    train.main(arguments)
+    folder = tmp_path / "run/tokenizer"
+    again = [*arguments, f"--observe.run_dir={tmp_path / 'more'}", f"--checkpoint.init_from={folder}"]
+    train.main([*again, "--codebook.start_step=0", "--codebook.kmeans_batches=0", "--optim.lr=0", "--optim.min_lr=0"])
+    started, source = load_vision_tokenizer(tmp_path / "more/tokenizer"), load_vision_tokenizer(folder)
+    weights = dict(source.named_parameters())
+    kept = [name for name, tensor in started.named_parameters() if torch.equal(tensor, weights[name])]
+    assert set(weights) - set(kept) <= {"quantize.embedding.weight"}, "only dead codes may move at learning rate 0"
+    with pytest.raises(InputError, match="its shape"):
+        train.main([*again, f"--observe.run_dir={tmp_path / 'other'}", "--model.codebook_size=16"])
+
+
+def test_training_lowers_the_loss(arguments, tmp_path):
+    train.main([*arguments, "--train.train_steps=60", "--train.eval_interval=100", "--media.clip_share=0"])
+    losses = [line["loss_l1"] for line in lines(tmp_path / "run") if "loss" in line]
+    # Measured: 0.48 falls to 0.29.
+    assert sum(losses[-10:]) < 0.75 * sum(losses[:10])
+    config = json.loads((tmp_path / "run/tokenizer/config.json").read_text())
+    assert config["model_type"] == "Emu3VisionVQ" and config["codebook_size"] == 32

@@ -1,0 +1,1 @@
+"""Training of the two tokenizers that come before the decoder: text (SentencePiece) and vision (MoVQGAN)."""

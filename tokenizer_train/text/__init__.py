@@ -1,0 +1,1 @@
+"""Training of the text tokenizer of a custom vocabulary."""

@@ -1,0 +1,1 @@
+"""Training of the Emu3 vision tokenizer."""

@@ -1,0 +1,132 @@
+"""Training batches of pictures and of clips: a function of (seed, step), so that a resumed run sees the same ones.
+
+Shapes: B batch, T frames, C colour channels, H W pixels.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from megatron_ext.config import InputError
+from megatron_ext.data.order import Permutation, derive_key
+from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
+from megatron_ext.vision import from_uint8
+from tokenizer_train.vision.config import MediaConfig
+
+
+class TrainingMedia:
+    """The pictures and clips of a training, decoded when they are needed."""
+
+    def __init__(self, config: MediaConfig, *, seed: int, chunk_frames: int) -> None:
+        """`chunk_frames` is the tokenizer's temporal factor: clips are seen in independent chunks of so many frames.
+
+        Raises:
+            InputError: there is nothing to train on.
+        """
+        self.config = config
+        self._seed = seed
+        self._chunk_frames = chunk_frames
+        samples = list_samples(config.inputs)
+        self.pictures = [sample for sample in samples if sample.kind == "image"]
+        self.clips = [sample for sample in samples if sample.kind == "video"]
+        self.unusable: dict[str, str] = {}
+        """Source and reason of every sample that turned out to be unusable so far."""
+        if config.clip_share and not self.clips:
+            raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no clip; set it to 0")
+        if config.clip_share < 1 and not self.pictures:
+            raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no picture; set it to 1")
+        self._decoded = functools.lru_cache(maxsize=config.cached_samples)(self._decode)
+
+    def batch(self, step: int) -> Tensor:
+        """Pixels of step `step` (the first is 1): pictures [B, C, H, W], or chunks of clips [B, T, C, H, W]."""
+        random = np.random.default_rng(np.frombuffer(derive_key(self._seed, "batch", step), dtype=np.uint32))
+        if random.random() < self.config.clip_share:
+            count = self.config.batch_size // self._chunk_frames
+            frames = [self._random_chunk(position) for position in self._positions("clips", step, count)]
+        else:
+            frames = self._pictures_of(step, random)
+        return from_uint8(np.stack(frames))
+
+    def whole(self, sample: Sample) -> np.ndarray:
+        """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
+
+        Raises:
+            MediaError: it cannot be used.
+        """
+        decoded = self._decoded(sample)
+        return decoded if sample.kind == "video" else self._square(decoded)
+
+    def _pictures_of(self, step: int, random: np.random.Generator) -> list[np.ndarray]:
+        augmented = round(self.config.batch_size * self.config.augmented_share)
+        whole = self.config.batch_size - augmented
+        frames = [self._square(self._usable(self.pictures, p)) for p in self._positions("pictures", step, whole)]
+        for position in self._positions("augmented", step, augmented):
+            frames.append(self._random_crop(self._usable(self.pictures, position), random))
+        return frames
+
+    def _positions(self, stream: str, step: int, count: int) -> list[int]:
+        """Positions of `count` samples at `step`: a stream goes through all its samples, each time newly shuffled."""
+        size = self._num_chunks if stream == "clips" else len(self.pictures)
+        positions = []
+        for index in range((step - 1) * count, step * count):
+            epoch, place = divmod(index, size)
+            positions.append(Permutation(derive_key(self._seed, stream, epoch), size)[place])
+        return positions
+
+    @functools.cached_property
+    def _num_chunks(self) -> int:
+        """Chunks of a clip at most, times clips; a shorter clip's chunks come round again."""
+        return len(self.clips) * max(1, self.config.clip_max_frames // self._chunk_frames)
+
+    def _random_chunk(self, position: int) -> np.ndarray:
+        chunk, clip = divmod(position, len(self.clips))
+        frames_THWC = self._usable(self.clips, clip)
+        first = chunk % (len(frames_THWC) // self._chunk_frames) * self._chunk_frames
+        return frames_THWC[first : first + self._chunk_frames]
+
+    def _usable(self, samples: Sequence[Sample], position: int) -> np.ndarray:
+        """The decoded sample at `position`, or the next one that can be decoded."""
+        for offset in range(len(samples)):
+            sample = samples[(position + offset) % len(samples)]
+            if sample.source in self.unusable:
+                continue
+            try:
+                return self._decoded(sample)
+            except MediaError as error:
+                self.unusable[sample.source] = str(error)
+        raise InputError(f"media.inputs = {self.config.inputs}: none of {len(samples)} samples can be decoded")
+
+    def _decode(self, sample: Sample) -> np.ndarray:
+        """A picture at its own size, a clip's frames at the training size."""
+        data = sample.media.read()
+        if sample.kind == "image":
+            return decode_picture(data)
+        clip = decode_clip(
+            data,
+            frame_rate=self.config.clip_frame_rate,
+            max_frames=self.config.clip_max_frames,
+            multiple=self._chunk_frames,
+            resize=self._square,
+        )
+        return clip.frames_THWC
+
+    def _square(self, picture_HWC: np.ndarray) -> np.ndarray:
+        return resize(picture_HWC, ResizeConfig(rule="square", size=self.config.size), factor=1)
+
+    def _random_crop(self, picture_HWC: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        height, width = picture_HWC.shape[:2]
+        side = min(height, width) * random.uniform(self.config.smallest_crop, 1)
+        left, top = random.uniform(0, width - side), random.uniform(0, height - side)
+        size = (self.config.size, self.config.size)
+        box = (left, top, left + side, top + side)
+        crop = np.asarray(Image.fromarray(picture_HWC).resize(size, Image.Resampling.BICUBIC, box=box))
+        return crop[:, ::-1] if random.random() < 0.5 else crop
+
+
+def torch_generator(*parts: int | str) -> torch.Generator:
+    """A generator for one random choice, seeded by what names it."""
+    return torch.Generator().manual_seed(int.from_bytes(derive_key(*parts)[:7], "big"))

@@ -1,0 +1,302 @@
+"""Draw pictures and clips for captions, or write captions for pictures, with a trained decoder.
+
+python tools/generate.py --task draw --hf DIR --caption '["a red fox"]' --grid 16*16 --output DIR
+python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer DIR --image '[fox.jpg]' --output DIR
+"""
+
+import contextlib
+import glob
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from PIL import Image as Picture
+from rich.console import Console
+
+from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
+from megatron_ext.observe.progress import progress
+from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
+from megatron_ext.vocab.grammar import Grammar
+
+if TYPE_CHECKING:
+    from megatron_ext.generate import Prompt, TextDecoder
+    from megatron_ext.vision import MoVQGAN
+
+EMU3_AREA = 720 * 720
+"""Pixels of a picture that Emu3-Gen draws (E3 image_generation.py, image_area)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Draw pictures and clips for captions, or write captions for pictures."""
+
+    task: Literal["draw", "caption"]
+    """draw: captions to pictures or clips; caption: pictures to text."""
+
+    output: str
+    """Folder for the pictures and results.json."""
+
+    hf: str | None = None
+    """Hugging Face folder with decoder and vision tokenizer; give this or checkpoint."""
+
+    checkpoint: str | None = None
+    """A step_XXXXXXXX folder, or a run folder, whose newest is taken; needs vision_tokenizer."""
+
+    vision_tokenizer: str | None = None
+    """Folder of the vision tokenizer; empty takes the Hugging Face folder's."""
+
+    caption: tuple[str, ...] = ()
+    """Captions to draw."""
+
+    captions_file: str | None = None
+    """Text file, or glob pattern of some, with one caption to draw per line, after those of `caption`."""
+
+    negative_prompt: str = ""
+    """What guidance moves away from: stands in the caption's place in the second sequence."""
+
+    grid: str | None = None
+    """Height*width of the picture in codes; empty: a square of 720x720 pixels, as Emu3-Gen."""
+
+    frames: int | None = None
+    """Frames of codes; empty draws a picture, a number a clip."""
+
+    frame_rate: float = 8.0
+    """Frames per second of a drawn clip."""
+
+    image: tuple[str, ...] = ()
+    """List of picture files to caption, or glob patterns of some."""
+
+    resize: ResizeConfig = field(default_factory=ResizeConfig)
+    """Size to which pictures to caption are brought; the data's own serves best."""
+
+    max_text_ids: int = 256
+    """Longest caption, in ids."""
+
+    guidance_scale: float = 3.0
+    """Weight of the caption against the negative prompt when drawing; 1 turns guidance off and halves the work."""
+
+    temperature: float | None = None
+    """Divides the logits; 0 takes the likeliest id. Empty: 1 when drawing, 0 for captions."""
+
+    top_k: int = 2048
+    """Only the likeliest this many ids may be drawn; 0 turns it off."""
+
+    top_p: float = 1.0
+    """Only the likeliest ids that together reach this probability may be drawn."""
+
+    seed: int = 0
+    """Same seed, same result, whatever the batch size."""
+
+    batch_size: int = 8
+    """Samples generated at once."""
+
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+    """Device, precision and process limits."""
+
+    def __post_init__(self) -> None:
+        if (self.hf is None) == (self.checkpoint is None):
+            raise InputError("give either hf or checkpoint: where the decoder is")
+        if self.checkpoint and not self.vision_tokenizer:
+            raise InputError("vision_tokenizer is empty: a checkpoint has none, give its folder")
+        if self.batch_size < 1 or (self.frames is not None and self.frames < 1) or self.frame_rate <= 0:
+            raise InputError("batch_size, frames and frame_rate must be positive")
+        if self.task == "draw" and not (self.caption or self.captions_file):
+            raise InputError("task draw needs caption or captions_file")
+        if self.task == "caption" and not self.image:
+            raise InputError("task caption needs image")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Models:
+    """What generation needs, on its device."""
+
+    decoder: "TextDecoder"
+    vision: "MoVQGAN"
+    vocab: Vocabulary
+
+
+@contextlib.contextmanager
+def open_models(config: GenerateConfig) -> Iterator[Models]:
+    """Decoder, vision tokenizer and vocabulary, from a Hugging Face folder or a checkpoint."""
+    # Imported here, so that --help answers at once.
+    from megatron_ext.checkpoint.open import open_checkpoint
+    from megatron_ext.config.parallel import ParallelConfig
+    from megatron_ext.generate import TextDecoder
+    from megatron_ext.hf import load_vision_from_hf, read_vocabulary
+    from megatron_ext.runtime import Topology
+    from megatron_ext.vision import load_vision_tokenizer
+
+    with Topology.start(config.runtime, ParallelConfig()) as topology:
+        target = {"dtype": topology.dtype, "device": topology.device}
+        if config.hf is not None:
+            vocab = read_vocabulary(config.hf)
+            decoder = TextDecoder.from_hf(config.hf, **target)
+        else:
+            opened = open_checkpoint(config.checkpoint, topology)
+            vocab = opened.vocab
+            decoder = TextDecoder.from_checkpoint(opened.model, **target)
+        vision = load_vision_tokenizer(config.vision_tokenizer) if config.vision_tokenizer else load_vision_from_hf(config.hf)
+        if vision.config.codebook_size != vocab.layout.codebook_size:
+            raise InputError(
+                f"the vision tokenizer has {vision.config.codebook_size} codes, the vocabulary "
+                f"{vocab.layout.codebook_size}: give the vision tokenizer of the decoder's data"
+            )
+        yield Models(decoder=decoder, vision=vision.to(topology.device), vocab=vocab)
+
+
+def run_prompts(config: GenerateConfig, models: Models, prompts: Sequence["Prompt"]) -> list[Segment]:
+    """What was generated for each prompt."""
+    from megatron_ext.generate import SamplingConfig, document_of, generate
+
+    temperature = config.temperature
+    if temperature is None:
+        temperature = 1.0 if config.task == "draw" else 0.0
+    sampling = SamplingConfig(
+        temperature=temperature, top_k=config.top_k, top_p=config.top_p, guidance_scale=config.guidance_scale
+    )
+    grammar = Grammar(models.vocab)
+    segments = []
+    # A caption may end early: its total is an upper bound, made up at the end of each batch.
+    with progress(config.task, sum(prompt.max_new_ids for prompt in prompts), "ids", Console()) as advance:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = prompts[start : start + config.batch_size]
+            drawn = generate(models.decoder, grammar, batch, sampling, seed=config.seed, on_step=advance)
+            advance(sum(prompt.max_new_ids for prompt in batch) - sum(map(len, drawn)))
+            segments += [
+                document_of(prompt, new_ids, models.vocab)[-1] for prompt, new_ids in zip(batch, drawn, strict=True)
+            ]
+    return segments
+
+
+def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
+    """Write a PNG per caption, for clips a GIF; returns the entries of results.json."""
+    from megatron_ext.generate import drawing_prompt
+
+    captions = _captions(config)
+    grid = _grid(config, models)
+    prompts = [
+        drawing_prompt(caption, grid, models.vocab, negative_prompt=config.negative_prompt, sample=number)
+        for number, caption in enumerate(captions)
+    ]
+    results = []
+    for number, (caption, segment) in enumerate(zip(captions, run_prompts(config, models, prompts), strict=True)):
+        file = _write_picture(Path(config.output) / f"{number:05d}", segment, models.vision)
+        results.append({"caption": caption, "file": file, "grid": grid.meta, "seed": config.seed, "sample": number})
+    return results
+
+
+def write_captions(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
+    """Describe each picture; returns the entries of results.json."""
+    from megatron_ext.generate import captioning_prompt
+
+    files = [file for pattern in config.image for file in _files(pattern, "image")]
+    prompts = []
+    for number, file in enumerate(files):
+        codes_HW = _encode(file, config, models)
+        prompts.append(captioning_prompt(Image(codes_HW), models.vocab, max_new_ids=config.max_text_ids, sample=number))
+    segments = run_prompts(config, models, prompts)
+    return [
+        {"file": file, "caption": models.vocab.text.decode(segment.ids) if isinstance(segment, Text) else ""}
+        for file, segment in zip(files, segments, strict=True)
+    ]
+
+
+def _encode(file: str, config: GenerateConfig, models: Models) -> np.ndarray:
+    """Codes [H, W] of a picture file."""
+    from megatron_ext.vision import from_uint8
+
+    try:
+        pixels_HWC = resize(decode_picture(Path(file).read_bytes()), config.resize, models.vision.config.spatial_factor)
+    except (OSError, MediaError) as error:
+        raise InputError(f"image {file!r}: {error}") from None
+    device = models.vision.quantize.embedding.weight.device
+    return models.vision.encode(from_uint8(pixels_HWC)[None].to(device))[0].cpu().numpy()
+
+
+def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
+    """Decode a drawn picture or clip and write it under `path` plus a suffix. Returns the file's name."""
+    import torch
+
+    from megatron_ext.vision import to_uint8
+
+    device = vision.quantize.embedding.weight.device
+    if isinstance(segment, Video):
+        frames_THWC = to_uint8(vision.decode_chunks(torch.from_numpy(segment.codes_THW)[None].long().to(device))[0])
+        first, *others = [Picture.fromarray(frame_HWC) for frame_HWC in frames_THWC]
+        options = {"save_all": True, "append_images": others, "duration": 1_000_000 / segment.frame_rate_mhz, "loop": 0}
+        file, kind = path.with_suffix(".gif"), "GIF"
+    else:
+        first = Picture.fromarray(to_uint8(vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]))
+        options, file, kind = {}, path.with_suffix(".png"), "PNG"
+    temporary = file.with_name(file.name + ".tmp")
+    first.save(temporary, format=kind, **options)
+    os.replace(temporary, file)
+    return file.name
+
+
+def _captions(config: GenerateConfig) -> list[str]:
+    lines = []
+    for file in _files(config.captions_file, "captions_file") if config.captions_file is not None else []:
+        try:
+            lines += Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"captions_file {file!r}: {error}") from None
+    return [*config.caption, *(line.strip() for line in lines if line.strip())]
+
+
+def _files(pattern: str, field: str) -> list[str]:
+    """Files that a glob pattern names, in order."""
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise InputError(f"{field} {pattern!r}: no such file")
+    return files
+
+
+def _grid(config: GenerateConfig, models: Models) -> Grid:
+    """The grid to draw, as the configuration or Emu3's picture area says."""
+    factor = models.vision.config.spatial_factor
+    if config.grid is None:
+        if models.vocab.layout.size not in (VocabLayout.emu3().size, VocabLayout.emu3_5().size):
+            raise InputError("grid is empty: a custom vocabulary has no usual size, give height*width such as 16*16")
+        height = width = round(EMU3_AREA**0.5 / factor)
+    else:
+        try:
+            height, width = map(int, config.grid.split("*"))
+        except ValueError:
+            raise InputError(f"grid {config.grid!r}: give height*width in codes, such as 16*16") from None
+    if config.frames is None:
+        return Grid(1, height, width)
+    seconds = config.frames * models.vision.config.temporal_downsample_factor / config.frame_rate
+    return Grid(config.frames, height, width, round(1000 * config.frame_rate), round(1000 * seconds))
+
+
+def main(argv: list[str]) -> None:
+    """Generate what `argv` asks for."""
+    config = load(GenerateConfig, argv, prog="generate.py")
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    with open_models(config) as models:
+        started = time.monotonic()
+        results = draw(config, models) if config.task == "draw" else write_captions(config, models)
+    temporary = output / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, output / "results.json")
+    for result in results:
+        print(f"{result['file']}: {result['caption']}")
+    print(f"wrote {len(results)} results to {output} in {time.monotonic() - started:.1f} s")
+
+
+def cli() -> None:
+    """Console script emu3-generate."""
+    run_program(main)
+
+
+if __name__ == "__main__":
+    cli()
