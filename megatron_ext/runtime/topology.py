@@ -100,8 +100,8 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     if tensor < 1 or context < 1 or world_size % (tensor * context):
         raise InputError(
             f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
-            f"the {world_size} ranks that were started: change the sizes or start a multiple of {tensor * "
-            "context} ranks"
+            f"the {world_size} ranks that were started: "
+            f"change the sizes or start a multiple of {tensor * context} ranks"
         )
     if parallel.sequence_parallel and tensor == 1:
         raise InputError(
