@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.generate import drawing_prompt
-from megatron_ext.hf import write_release
+from megatron_ext.hf.release import write_release
 from megatron_ext.model import build_model
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, from_uint8
@@ -87,7 +87,8 @@ def test_document_of_processor_and_model_is_ours(released: str, request: pytest.
     body = document[document.tolist().index(vocabulary.layout.sot) + 1 :][: 4 * 7]
     with torch.no_grad():
         drawn = model.model.decode_image_tokens(torch.from_numpy(np.append(body, [0, 0, 0]))[None], height=4, width=6)
-        torch.testing.assert_close(drawn, vision.decode(torch.from_numpy(codes_HW)[None]), atol=1e-4, rtol=0)
+        expected = vision.decode(torch.from_numpy(codes_HW)[None])
+        torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=0)  # measured 9e-6
 
 
 @pytest.mark.parametrize("released", ["emu3", "custom"])
@@ -97,7 +98,8 @@ def test_tokenizer(released: str, request: pytest.FixtureRequest) -> None:
     assert tokenizer(CAPTION)["input_ids"] == vocabulary.text.encode(CAPTION)
     assert tokenizer.decode(vocabulary.text.encode(CAPTION)) == CAPTION
     layout = vocabulary.layout
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (layout.bos, layout.eos, layout.pad)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (layout.bos, layout.eos)
+    assert tokenizer.pad_token_id == layout.pad
     assert len(tokenizer) == layout.size
 
 

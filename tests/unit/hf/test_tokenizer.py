@@ -16,8 +16,9 @@ from tokenizer_train.text.train import TextTokenizerTrainConfig, train_model
 
 ADVERSARIAL = (
     "", " ", "  ", "\n", "\r\n\r\n", "\t \n  x", "   leading and trailing   ", "0123456789 1,000.00 ２３",
-    "一只狐狸123只", "哈哈哈哈哈哈哈", "aaaaaaaaaaaaaaaaaa", "- -- --- ---- -----", "haha hahahahaha", "it's THEY'LL we’ve",
-    "🦊👩‍👩‍👧🏳️‍🌈", "e\u0301 é \u2581 \u2581\u2581 \ufeff \u200b", "<0x0A> <s> </s> <unk>", "\x00\x01\x7f", "ﬁ Ａ ½",
+    "一只狐狸123只", "哈哈哈哈哈哈哈", "aaaaaaaaaaaaaaaaaa", "- -- --- ---- -----", "haha hahahahaha",
+    "it's THEY'LL we’ve", "🦊👩‍👩‍👧🏳️‍🌈",
+    "e\u0301 é \u2581 \u2581\u2581 \ufeff \u200b", "<0x0A> <s> </s> <unk>", "\x00\x01\x7f", "ﬁ Ａ ½",
 )  # fmt: skip
 FRAGMENTS = (*"ab01 \n\t'-*é一🦊", "  ", "fox", "the ", "红色", "\u2581", "<0x41>", "'s", "\r\n", "haha")
 

@@ -1,0 +1,75 @@
+"""Presets have the published sizes; weights do not depend on the layout; shapes that cannot be are refused."""
+
+import pytest
+import torch
+
+from megatron_ext.config import InputError
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.model import DecoderShape, build_model, pad_vocabulary
+from megatron_ext.model.emu3 import Emu3Model, transformer_config
+from megatron_ext.model.specs import layer_specs
+from megatron_ext.runtime import Topology
+from megatron_ext.vocab import VocabLayout
+from tests.support.decoding import LAYOUT, MODEL
+
+
+@pytest.fixture(scope="module")
+def topology():
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        yield topology
+
+
+@pytest.mark.parametrize(
+    ("preset", "layout", "published"),
+    [
+        ("emu3_8b", VocabLayout.emu3(), 8_492_011_520),  # Emu3: BAAI's checkpoints, counted on the meta device
+        ("emu3_5_34b", VocabLayout.emu3_5(), 34_103_460_864),  # Emu3.5, table 1: 34.1B
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(topology, preset, layout, published):
+    shape = DecoderShape.of(ModelConfig(preset=preset))
+    with torch.device("meta"):
+        decoder = Emu3Model(transformer_config(shape, ParallelConfig(), topology), shape, layout, topology)
+    padding = 2 * (pad_vocabulary(layout.size, 1) - layout.size) * shape.hidden_size
+    assert sum(parameter.numel() for parameter in decoder.parameters()) - padding == published
+
+
+def test_initial_weights_are_a_function_of_the_seed(topology):
+    def draw(seed):
+        return build_model(MODEL, ParallelConfig(), LAYOUT, topology, seed).state_dict()
+
+    one, again, other = draw(1), draw(1), draw(2)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    assert one[name].equal(again[name]) and not one[name].equal(other[name])
+    matrices = [value for key, value in one.items() if key.endswith("weight") and value.dim() == 2]
+    drawn = torch.cat([matrix.flatten() for matrix in matrices])
+    assert drawn[drawn != 0].std().item() == pytest.approx(0.02, rel=0.02)
+    assert one["embedding.word_embeddings.weight"][LAYOUT.size :].count_nonzero() == 0
+
+
+def test_padded_rows_take_no_part_in_the_loss(topology):
+    decoder = build_model(MODEL, ParallelConfig(), LAYOUT, topology, seed=1)
+    logits_SBV = torch.randn(6, 1, decoder.vocab_size)
+    labels_BT = torch.randint(LAYOUT.size, (1, 6))
+    expected = torch.nn.functional.cross_entropy(logits_SBV[:, 0, : LAYOUT.size], labels_BT[0], reduction="none")
+    found = decoder.compute_language_model_loss(labels_BT, logits_SBV.clone())
+    assert (found[0] - expected).abs().max() < 1e-6  # measured 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"num_query_groups": 3}, "num_query_groups 3")],
+)
+def test_shapes_that_cannot_be_are_refused(changes, named):
+    with pytest.raises(InputError, match=named):
+        DecoderShape.of(ModelConfig(**changes))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the next line builds Transformer Engine's spec")
+def test_transformer_engine_is_asked_for_only_on_cuda(topology):
+    shape = DecoderShape.of(MODEL)
+    config = transformer_config(shape, ParallelConfig(), topology)
+    with pytest.raises(InputError, match="Transformer Engine does not import"):
+        layer_specs(config, torch.device("cuda"))
