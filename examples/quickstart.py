@@ -261,9 +261,10 @@ def run_stages(stages: tuple[Stage, ...], ledger: Ledger) -> None:
             ledger.stop(stage, time.monotonic() - stage_began, finished=code == 0)
         if code:
             raise InputError(f"stage {stage.name} ended with exit code {code}: see above; run again to go on from here")
-        left = sum(later.expected_s for later in stages[number:])
         took, total = duration(time.monotonic() - stage_began), duration(time.monotonic() - began)
-        print(f"{label} done in {took}; {total} so far, about {duration(left)} to go", flush=True)
+        left = duration(sum(later.expected_s for later in stages[number:]))
+        to_go = f", about {left} to go" if stages[number:] else ""
+        print(f"{label} done in {took}; {total} so far{to_go}", flush=True)
 
 
 def main(argv: list[str]) -> None:

@@ -145,10 +145,9 @@ class Gallery:
 
     def _picture_card(self, path: Path) -> Card:
         caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-        texts = {"caption": caption, "model's caption": self._written[path.stem].strip()}
         chinese = json.loads(path.with_suffix(".json").read_text(encoding="utf-8")).get("caption_zh")
-        if chinese:
-            texts["Chinese caption"] = chinese
+        texts = {"caption": caption} | ({"Chinese caption": chinese} if chinese else {})
+        texts["model's caption"] = self._written[path.stem].strip() or "(none)"
         pictures = {
             "original": Picture.fromarray(self._fit(decode_picture(path.read_bytes()))),
             "reconstruction": self._decoded[path.stem][0],
@@ -232,13 +231,12 @@ def main(argv: list[str]) -> None:
     )
     page.facts(
         {
-            "optimizer steps": f"{training[-1]['step']:,}",
-            "tokens per second": f"{statistics.median(map(tokens_per_second, training)):,.0f}",
-            "fill of the windows": f"{fills['media_train'][1]:.1%}",
+            "seen pictures drawn exactly": f"{sum(gallery.right('picture', card) for card in seen)} of {len(seen)}",
+            "their captions exact": f"{sum(gallery.right('caption', card) for card in seen)} of {len(seen)}",
             "last loss, text": f"{last['text']:.3f}",
             "last loss, visual": f"{last['vision']:.3f}",
-            "seen pictures drawn exactly": f"{sum(gallery.right('picture', card) for card in seen)} of {len(seen)}",
-            "seen pictures captioned exactly": f"{sum(gallery.right('caption', card) for card in seen)} of {len(seen)}",
+            "tokens per second": f"{statistics.median(map(tokens_per_second, training)):,.0f}",
+            "fill of the windows": f"{fills['media_train'][1]:.1%}",
         }
     )
     add_pictures(page, gallery)

@@ -48,7 +48,7 @@ def to_hf(config: ToHfConfig) -> None:
     from megatron_ext.checkpoint.open import open_checkpoint
     from megatron_ext.config.parallel import ParallelConfig
     from megatron_ext.config.runtime import RuntimeConfig
-    from megatron_ext.hf import write_release
+    from megatron_ext.hf.release import write_release
     from megatron_ext.runtime import Topology
     from megatron_ext.vision import load_vision_tokenizer
 
@@ -58,8 +58,8 @@ def to_hf(config: ToHfConfig) -> None:
         layout = opened.vocab.layout
         if vision.config.codebook_size != layout.codebook_size:
             raise InputError(
-                f"vision_tokenizer {config.vision_tokenizer!r} has {vision.config.codebook_size} codes, the checkpoint's "
-                f"vocabulary {layout.codebook_size}: give the vision tokenizer of its data"
+                f"vision_tokenizer {config.vision_tokenizer!r} has {vision.config.codebook_size} codes, the "
+                f"checkpoint's vocabulary {layout.codebook_size}: give the vision tokenizer of its data"
             )
         write_release(
             config.output,

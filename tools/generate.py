@@ -142,7 +142,10 @@ def open_models(config: GenerateConfig) -> Iterator[Models]:
             opened = open_checkpoint(config.checkpoint, topology)
             vocab = opened.vocab
             decoder = TextDecoder.from_checkpoint(opened.model, **target)
-        vision = load_vision_tokenizer(config.vision_tokenizer) if config.vision_tokenizer else load_vision_from_hf(config.hf)
+        if config.vision_tokenizer is not None:
+            vision = load_vision_tokenizer(config.vision_tokenizer)
+        else:
+            vision = load_vision_from_hf(config.hf)
         if vision.config.codebook_size != vocab.layout.codebook_size:
             raise InputError(
                 f"the vision tokenizer has {vision.config.codebook_size} codes, the vocabulary "
@@ -151,8 +154,8 @@ def open_models(config: GenerateConfig) -> Iterator[Models]:
         yield Models(decoder=decoder, vision=vision.to(topology.device), vocab=vocab)
 
 
-def run_prompts(config: GenerateConfig, models: Models, prompts: Sequence["Prompt"]) -> list[Segment]:
-    """What was generated for each prompt."""
+def run_prompts(config: GenerateConfig, models: Models, prompts: Sequence["Prompt"]) -> Iterator[Segment]:
+    """What was generated for each prompt, batch by batch."""
     from megatron_ext.generate import SamplingConfig, document_of, generate
 
     temperature = config.temperature
@@ -162,17 +165,14 @@ def run_prompts(config: GenerateConfig, models: Models, prompts: Sequence["Promp
         temperature=temperature, top_k=config.top_k, top_p=config.top_p, guidance_scale=config.guidance_scale
     )
     grammar = Grammar(models.vocab)
-    segments = []
     # A caption may end early: its total is an upper bound, made up at the end of each batch.
     with progress(config.task, sum(prompt.max_new_ids for prompt in prompts), "ids", Console()) as advance:
         for start in range(0, len(prompts), config.batch_size):
             batch = prompts[start : start + config.batch_size]
             drawn = generate(models.decoder, grammar, batch, sampling, seed=config.seed, on_step=advance)
             advance(sum(prompt.max_new_ids for prompt in batch) - sum(map(len, drawn)))
-            segments += [
-                document_of(prompt, new_ids, models.vocab)[-1] for prompt, new_ids in zip(batch, drawn, strict=True)
-            ]
-    return segments
+            for prompt, new_ids in zip(batch, drawn, strict=True):
+                yield document_of(prompt, new_ids, models.vocab)[-1]
 
 
 def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
@@ -233,7 +233,8 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
         options = {"save_all": True, "append_images": others, "duration": 1_000_000 / segment.frame_rate_mhz, "loop": 0}
         file, kind = path.with_suffix(".gif"), "GIF"
     else:
-        first = Picture.fromarray(to_uint8(vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]))
+        pixels_CHW = vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]
+        first = Picture.fromarray(to_uint8(pixels_CHW))
         options, file, kind = {}, path.with_suffix(".png"), "PNG"
     temporary = file.with_name(file.name + ".tmp")
     first.save(temporary, format=kind, **options)

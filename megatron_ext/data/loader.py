@@ -114,15 +114,11 @@ class Data:
 
 
 def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, topology: BatchTopology) -> Data:
-    """Open, check and pack all datasets.
+    """Open, check and pack all datasets. Sizes that span sections are checked before, by `config.validate`.
 
     Raises:
-        InputError: no training data; batch or window sizes that the layout does not divide; an incomplete dataset or
-            one of another vocabulary; datasets of different vision tokenizers.
+        InputError: an incomplete dataset or one of another vocabulary; datasets of different vision tokenizers.
     """
-    if not data.train:
-        raise InputError("data.train is empty: give at least one {prefix, weight}")
-    _check_sizes(data, train, topology)
     packed = {
         section: [
             PackedDataset(
@@ -146,26 +142,6 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         train=loader(packed["train"], data.train),
         valid=loader(packed["valid"], data.valid) if data.valid else None,
     )
-
-
-def _check_sizes(data: DataConfig, train: TrainConfig, topology: BatchTopology) -> None:
-    per_microbatch = train.micro_batch_size * topology.data_parallel_size
-    if train.global_batch_size < 1 or train.global_batch_size % per_microbatch:
-        raise InputError(
-            f"train.global_batch_size is {train.global_batch_size}: make it a multiple of {per_microbatch} "
-            f"(micro_batch_size {train.micro_batch_size} x {topology.data_parallel_size} data-parallel ranks)"
-        )
-    field, value = (
-        ("data.document_alignment", data.document_alignment)
-        if data.attention_scope == "document"
-        else ("train.seq_length", train.seq_length)
-    )
-    chunks = 2 * topology.context_parallel_size
-    if topology.context_parallel_size > 1 and value % chunks:
-        raise InputError(
-            f"{field} is {value}: with data.attention_scope {data.attention_scope} and context_parallel_size "
-            f"{topology.context_parallel_size} make it a multiple of {chunks}"
-        )
 
 
 def _check_vision_tokenizer(datasets: Sequence[PackedDataset]) -> None:

@@ -1,4 +1,4 @@
-"""Generation: prompts for drawing and captioning, a sampler bound by the document grammar, one engine with a KV cache."""
+"""Generation: prompts to draw and to caption, a sampler bound by the document grammar, one engine with a KV cache."""
 
 from megatron_ext.generate.decoder import CachedDecoder, TextDecoder
 from megatron_ext.generate.engine import generate

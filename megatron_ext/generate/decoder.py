@@ -31,7 +31,7 @@ class CachedDecoder(Protocol):
 
 
 class TextDecoder:
-    """transformers' Emu3 text model (Qwen3's where there is QK norm: the same architecture otherwise) behind the protocol."""
+    """transformers' Emu3 text model behind the protocol; with QK norm Qwen3's, the same architecture otherwise."""
 
     def __init__(self, model: PreTrainedModel):
         self.model = model.eval()

@@ -45,7 +45,7 @@ def generate(
 ) -> list[np.ndarray]:
     """Continue each prompt until its stop; the drawn ids, int32 [N] each, the stop included.
 
-    With guidance every prompt that has an unconditional sequence takes two rows of the batch, which are fed the same ids.
+    With guidance a prompt that has an unconditional sequence takes two rows of the batch, which are fed the same ids.
     A sample depends on the seed and its number, not on what else is in the batch.
 
     Args:

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.config import InputError
-from megatron_ext.vocab import Grid, Image, Segment, Video, Vocabulary, decode_document, encode_block_start, encode_document
+from megatron_ext.vocab import (
+    Grid,
+    Image,
+    Segment,
+    Video,
+    Vocabulary,
+    decode_document,
+    encode_block_start,
+    encode_document,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +25,7 @@ class Prompt:
     """int32 [N], from BOS on."""
 
     unconditional: np.ndarray | None = None
-    """int32 [M]: the sequence that guidance moves away from, ending in the same state of the grammar; None: no guidance."""
+    """int32 [M]: what guidance moves away from, ending in the same state of the grammar; None: no guidance."""
 
     stop: int
     """The id after which the sequence is finished."""

@@ -1,4 +1,7 @@
-"""Hugging Face: every conversion is a table of rules; folders are written whole and read tensor by tensor."""
+"""Hugging Face: every conversion is a table of rules; folders are written whole and read tensor by tensor.
+
+`release`, which writes them, is imported on its own: it needs transformers, and training does not.
+"""
 
 from megatron_ext.hf.convert import (
     decoder_shape,
@@ -12,7 +15,6 @@ from megatron_ext.hf.convert import (
     read_vocabulary,
     vision_tensors,
 )
-from megatron_ext.hf.release import write_release
 
 __all__ = [
     "decoder_shape",
@@ -25,5 +27,4 @@ __all__ = [
     "read_decoder_tensors",
     "read_vocabulary",
     "vision_tensors",
-    "write_release",
 ]

@@ -25,6 +25,9 @@ TEXT_PREFIX = "text_model."
 VISION_PREFIX = "vqmodel."
 """Where `Emu3ForConditionalGeneration` stores its parts (transformers conversion_mapping.py, "emu3")."""
 
+MODEL_TYPES = ("emu3", "emu3_text_model")
+"""Emu3ForConditionalGeneration and BAAI's own (which spells it Emu3); Emu3ForCausalLM."""
+
 VOCABULARY = "vocabulary"
 """Sub-folder of an export with what rebuilds our vocabulary; transformers does not read it."""
 
@@ -46,7 +49,9 @@ def read_vocabulary(folder: str | Path) -> Vocabulary:
     for layout in (VocabLayout.emu3(), VocabLayout.emu3_5()):
         if config.get("text_config", config).get("vocab_size") == layout.size:
             return Vocabulary(layout, QwenTokenizer())
-    raise InputError(f"{folder}: has no {VOCABULARY}/ folder and not Emu3's number of ids; export it with convert_checkpoint")
+    raise InputError(
+        f"{folder}: has no {VOCABULARY}/ folder and not Emu3's number of ids; use one that convert_checkpoint wrote"
+    )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -60,8 +65,8 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read ({error}); give the folder of a Hugging Face model") from None
-    if str(config.get("model_type")).lower() != "emu3":
-        raise InputError(f"{path}: model_type is {config.get('model_type')!r}, expected 'emu3'")
+    if str(config.get("model_type")).lower() not in MODEL_TYPES:
+        raise InputError(f"{path}: model_type is {config.get('model_type')!r}, must be one of {', '.join(MODEL_TYPES)}")
     return config
 
 
@@ -132,7 +137,10 @@ def load_decoder_weights(folder: str | Path, model: Emu3Model, topology: Topolog
             theirs = [_read(reader, prefix + their) for their in match.theirs]
             tensor = match.rule.to_ours(theirs, rank, size)
             if tensor.shape != parameter.shape:
-                raise InputError(f"{folder}: {match.theirs[0]} gives {tuple(tensor.shape)}, {name} is {tuple(parameter.shape)}")
+                raise InputError(
+                    f"{folder}: {match.theirs[0]} gives {tuple(tensor.shape)}, {name} is {tuple(parameter.shape)}; "
+                    "its tensors and its config.json do not belong together"
+                )
             parameter.copy_(tensor)
             unused -= {prefix + their for their in match.theirs}
     if unused:

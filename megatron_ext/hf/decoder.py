@@ -1,9 +1,9 @@
 """The decoder: megatron-core's GPTModel <-> the text part of transformers' Emu3, which is also BAAI's own layout.
 
-Our names are megatron-core's with the fused norms of Transformer Engine (`linear_qkv.layer_norm_weight`), the form that
-its checkpoints use on every device; `canonical_name` maps the names of the unfused modules to them.
-Their names are those of `Emu3ForCausalLM` (E3 modeling_emu3.py); `Emu3ForConditionalGeneration` stores the same under the
-prefix `text_model.` (transformers conversion_mapping.py, "emu3").
+Our names are megatron-core's with the fused norms of Transformer Engine (`linear_qkv.layer_norm_weight`), the form
+that its checkpoints use on every device; `canonical_name` maps the names of the unfused modules to them.
+Their names are those of `Emu3ForCausalLM` (E3 modeling_emu3.py); `Emu3ForConditionalGeneration` stores the same under
+the prefix `text_model.` (transformers conversion_mapping.py, "emu3").
 """
 
 from typing import Any
@@ -111,7 +111,7 @@ def text_config(shape: DecoderShape, layout: VocabLayout, max_position_embedding
         InputError: the shape has QK norm, which transformers' Emu3 does not know.
     """
     if shape.qk_layernorm:
-        raise InputError("model.qk_layernorm: true, but transformers' Emu3 has no QK norm; keep the checkpoint as it is")
+        raise InputError("model.qk_layernorm is true: transformers' Emu3 has no QK norm; generate from the checkpoint")
     config = {
         "vocab_size": layout.size,
         "hidden_size": shape.hidden_size,

@@ -1,14 +1,23 @@
-"""A complete Hugging Face folder: decoder and vision tokenizer, configuration, tokenizer and, where one fits, processor."""
+"""A complete Hugging Face folder: decoder, vision tokenizer, configuration, tokenizer and, where it fits, processor."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import Emu3Config, GenerationConfig
 
-from megatron_ext.hf.convert import TEXT_PREFIX, VISION_PREFIX, VOCABULARY, decoder_tensors, vision_tensors
+from megatron_ext.hf.convert import (
+    TEXT_PREFIX,
+    VISION_PREFIX,
+    VOCABULARY,
+    decoder_tensors,
+    is_hf_folder,
+    read_config,
+    vision_tensors,
+)
 from megatron_ext.hf.decoder import text_config
 from megatron_ext.hf.tokenizer import build_tokenizer, tokenizer_config
 from megatron_ext.hf.vision import vq_config
@@ -55,9 +64,12 @@ def write_release(
         dtype: type of the decoder's weights; the vision tokenizer stays in float32, or its codes would change.
 
     Raises:
-        InputError: a shape, vocabulary or vision tokenizer that transformers' Emu3 cannot express.
+        InputError: a shape, vocabulary or vision tokenizer that transformers' Emu3 cannot express, or a folder that
+            holds another model.
     """
     folder = Path(folder)
+    if is_hf_folder(folder):
+        read_config(folder)  # an earlier export is replaced, a vision tokenizer is not
     layout = vocabulary.layout
     tokenizer = build_tokenizer(vocabulary.text, layout)
     config = Emu3Config(
@@ -96,11 +108,12 @@ def processor_reason(vision: MoVQGAN, vocabulary: Vocabulary) -> str | None:
             f"code, this vision tokenizer has {factor}."
         )
     if not vocabulary.block.frame_ends:
-        return f"There is no processor: transformers' Emu3Processor does not know the picture format of {vocabulary.layout.name}."
+        layout = vocabulary.layout.name
+        return f"There is no processor: transformers' Emu3Processor does not know the picture format of {layout}."
     return None
 
 
-def _tensors(model: Emu3Model, vision: MoVQGAN, dtype: torch.dtype):
+def _tensors(model: Emu3Model, vision: MoVQGAN, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in decoder_tensors(model, dtype):
         yield TEXT_PREFIX + name, tensor
     for name, tensor in vision_tensors(vision):
@@ -137,7 +150,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder){load_processor}
 
 {chr(10).join(notes)}
 
-A picture is `[BOS] caption [SOV] height*width [SOT] visual ids, EOL after each row, EOF, [EOV] [EOS]`. The tokenizer gives
-the ids that training used, with one exception: it turns the string of a special token inside a text, such as
+A picture is `[BOS] caption [SOV] height*width [SOT] visual ids, EOL after each row, EOF, [EOV] [EOS]`. The tokenizer
+gives the ids that training used, with one exception: it turns the string of a special token inside a text, such as
 `<|image start|>`, into that token's id; in training such strings were text. Do not feed it untrusted text.
 """

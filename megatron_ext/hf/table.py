@@ -39,10 +39,10 @@ class Rule:
     """Rows of each of their tensors; None: one tensor whose rows are ours."""
 
     index: Index | None = None
-    """Which of their rows a shard of ours holds; None: all of them, cut evenly along shard_dim."""
+    """Which of their rows a shard of ours holds; None: all in order, or an even cut along shard_dim."""
 
     shard_dim: int | None = None
-    """Dimension that tensor parallelism cuts when there is no index (which cuts dimension 0); None: every rank holds all."""
+    """Dimension that tensor parallelism cuts where there is no index; None: every rank holds all."""
 
     pointwise: bool = False
     """Our weight is a 1x1 convolution, theirs the matrix of a linear layer."""

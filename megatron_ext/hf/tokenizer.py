@@ -1,11 +1,12 @@
 """tokenizer.json and its companions: our text tokenizers and layout as a `tokenizers` file that gives the same ids.
 
-Byte-pair merges are derived from the ranked pieces, one per piece: the last merge when the piece itself is encoded with
-the pieces that rank before it. Wherever a piece appears, it was built by exactly these merges, so no other pair is needed.
+Byte-pair merges are derived from the ranked pieces, one per piece: the last merge when the piece itself is encoded
+with the pieces that rank before it. Wherever a piece appears, it was built by exactly these merges, so no other pair is
+needed.
 
 One difference remains and cannot be removed: Hugging Face tokenizers turn the string of a special token inside a text
-(`<|image start|>`) into its id, which is how their processor writes prompts. Our ids never do: special strings in a text
-stay text. Do not feed untrusted text to the exported tokenizer.
+(`<|image start|>`) into its id, which is how their processor writes prompts. Our ids never do: special strings in a
+text stay text. Do not feed untrusted text to the exported tokenizer.
 """
 
 import re
@@ -140,17 +141,21 @@ def _byte_letters() -> list[str]:
 def _sentencepiece(text: SentencePieceTokenizer) -> Tokenizer:
     """Characters, unknown ones as bytes; pieces are spelled with real spaces.
 
-    With real spaces in the pieces no normaliser is needed, and U+2581, SentencePiece's sign for a space, goes through its
-    bytes as it does with us.
+    With real spaces in the pieces no normaliser is needed, and U+2581, SentencePiece's sign for a space, goes through
+    its bytes as it does with us.
     """
     model = sentencepiece_model_pb2.ModelProto.FromString(text.model_bytes)
     kinds = sentencepiece_model_pb2.ModelProto.SentencePiece
     if any(piece.type in (kinds.USER_DEFINED, kinds.UNUSED) for piece in model.pieces):
         raise InputError("vocab.text_tokenizer: user-defined and unused pieces have no exact Hugging Face form")
-    pieces = [piece.piece.replace("\u2581", " ") if piece.type == kinds.NORMAL else piece.piece for piece in model.pieces]
-    normal = [(-piece.score, token_id) for token_id, piece in enumerate(model.pieces) if piece.type == kinds.NORMAL]
+    pieces, ranked = [], []
+    for token_id, piece in enumerate(model.pieces):
+        is_normal = piece.type == kinds.NORMAL
+        pieces.append(piece.piece.replace("\u2581", " ") if is_normal else piece.piece)
+        if is_normal:
+            ranked.append((-piece.score, token_id))
     if model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.BPE:
-        merges = merges_of([pieces[token_id] for _, token_id in sorted(normal)])
+        merges = merges_of([pieces[token_id] for _, token_id in sorted(ranked)])
         vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
         tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, byte_fallback=True))
     elif model.trainer_spec.model_type == sentencepiece_model_pb2.TrainerSpec.UNIGRAM:
@@ -171,7 +176,7 @@ def _unigram(pieces: list[str], scores: list[float], unknown: int) -> Tokenizer:
     """
     mixed = [piece for piece in pieces if len(piece) > 1 and re.search("[0-9]", piece) and not _BYTE.fullmatch(piece)]
     if mixed:
-        raise InputError(f"vocab.text_tokenizer: piece {mixed[0]!r} joins a digit with something; train with split digits")
+        raise InputError(f"vocab.text_tokenizer: piece {mixed[0]!r} has a digit and more; train with split digits")
     pieces = [f"{piece}0" if token_id == unknown else piece for token_id, piece in enumerate(pieces)]
     tokenizer = Tokenizer(Unigram(list(zip(pieces, scores, strict=True)), unk_id=unknown, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("[0-9]"), behavior="isolated")
@@ -189,4 +194,4 @@ def _check(tokenizer: Tokenizer, text: TextTokenizer, layout: VocabLayout, strin
     for probe in _PROBES:
         theirs, ours = tokenizer.encode(probe, add_special_tokens=False).ids, text.encode(probe)
         if theirs != ours:
-            raise InputError(f"tokenizer.json: {probe!r} would be {theirs}, ours is {ours}; cannot export this tokenizer")
+            raise InputError(f"tokenizer.json: {probe!r} would be {theirs}, ours is {ours}; it cannot be exported")

@@ -63,8 +63,8 @@ def vq_config(config: VisionTokenizerConfig) -> dict[str, Any]:
     for stage in config.attn_resolutions:
         if config.widths[stage] != hidden_size:
             raise InputError(
-                f"attn_resolutions = {config.attn_resolutions}: transformers' Emu3VQVAE has attention only at stages as "
-                f"wide as the last ({hidden_size}), stage {stage} is {config.widths[stage]} wide; such a vision "
+                f"attn_resolutions = {config.attn_resolutions}: transformers' Emu3VQVAE has attention only at stages "
+                f"as wide as the last ({hidden_size}), stage {stage} is {config.widths[stage]} wide; such a vision "
                 "tokenizer cannot be exported"
             )
     names = {name: name for name in _SAME_FIELDS} | _RENAMED_FIELDS

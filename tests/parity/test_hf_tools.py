@@ -66,6 +66,15 @@ def test_round_trip_through_the_programs(exported: Path, trained: tuple[Path, Pa
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(exported)).read_bytes(), path.name
 
 
+def test_another_model_is_not_overwritten(trained: tuple[Path, Path]) -> None:
+    run, vision = trained
+    with pytest.raises(InputError, match="Emu3VisionVQ"):
+        convert_checkpoint.main(
+            ["to-hf", "--checkpoint", str(run), "--vision_tokenizer", str(vision), "--output", str(vision)]
+        )
+    assert (vision / "model.safetensors").is_file()
+
+
 def test_drawing_from_checkpoint_and_from_export_is_the_same(
     exported: Path, trained: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -23,9 +23,7 @@ def load_release(folder: Path, topology: Topology, layout: ParallelConfig) -> Em
 
 def logits_of_release(folder: str, tensor_parallel_size: int, ids: np.ndarray) -> torch.Tensor:
     """Logits [T, V] of one document over this rank's tensor axis, without the padded ids."""
-    layout = ParallelConfig(
-        tensor_model_parallel_size=tensor_parallel_size, sequence_parallel=tensor_parallel_size > 1
-    )
+    layout = ParallelConfig(tensor_model_parallel_size=tensor_parallel_size, sequence_parallel=tensor_parallel_size > 1)
     with Topology.start(RuntimeConfig(device="cpu"), layout) as topology, torch.no_grad():
         model = load_release(Path(folder), topology, layout)
         mask = np.ones(len(ids), dtype=bool)

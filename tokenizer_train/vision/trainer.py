@@ -49,6 +49,7 @@ class Trainer:
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_eps,
             weight_decay=optim.weight_decay,
+            fused=True,
         )
         self.used_K = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
         self.store = CheckpointStore(Path(config.observe.run_dir) / "checkpoints", keep=config.checkpoint.keep)

@@ -104,23 +104,3 @@ def test_two_vision_tokenizers_are_refused(config, vocabulary, tmp_path):
         build_data(replace(config, train=blend), TRAIN, vocabulary, Place())
     with pytest.raises(InputError, match="vision tokenizer"):
         build_data(replace(config, valid=(DatasetConfig(prefix=str(other)),)), TRAIN, vocabulary, Place())
-
-
-@pytest.mark.parametrize(
-    ("data", "train", "place", "message"),
-    [
-        ({"train": ()}, {}, Place(), "data.train is empty"),
-        ({}, {"global_batch_size": 6}, Place(data_parallel_size=4), "global_batch_size is 6: make it a multiple of 4"),
-        ({"document_alignment": 4}, {}, Place(context_parallel_size=4), "data.document_alignment is 4.*multiple of 8"),
-        (
-            {"attention_scope": "window", "document_alignment": 1},
-            {"seq_length": 60},
-            Place(context_parallel_size=4),
-            "train.seq_length is 60.*multiple of 8",
-        ),
-        ({"document_alignment": 24}, {}, Place(), "seq_length a multiple of the alignment"),
-    ],
-)
-def test_layouts_that_do_not_divide_are_refused(config, vocabulary, data, train, place, message):
-    with pytest.raises(InputError, match=message):
-        build_data(replace(config, **data), replace(TRAIN, **train), vocabulary, place)
