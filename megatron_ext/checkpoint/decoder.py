@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext.checkpoint.store import CheckpointStore, latest_checkpoint, read_metadata
+from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.errors import InputError
 from megatron_ext.model import Emu3Model
@@ -93,12 +93,11 @@ class DecoderCheckpoint:
         return None if folder is None else self._restore(folder)
 
     def load_initial(self, folder: Path) -> None:
-        """Take only the weights of a checkpoint: a step_XXXXXXXX folder, or a `checkpoints` folder for its newest.
+        """Take only the weights of a step_XXXXXXXX folder.
 
         Raises:
             InputError: no complete checkpoint, or one of another model or vocabulary.
         """
-        folder = latest_checkpoint(folder) or folder
         self._check_vocabulary(folder, read_metadata(folder))
         load_weights(folder, self.model)
 

@@ -14,4 +14,4 @@ class CheckpointConfig:
     """Newest checkpoints to keep; older ones are removed after a newer one is complete."""
 
     init_from: str | None = None
-    """Checkpoint folder or Hugging Face folder whose weights start a new run; ignored once the run has a checkpoint."""
+    """Checkpoint, run or Hugging Face folder whose weights start a new run; ignored once the run has a checkpoint."""

@@ -1,8 +1,7 @@
 """Where a run begins: its own newest checkpoint, else checkpoint.init_from, else random weights."""
 
-from pathlib import Path
-
 from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+from megatron_ext.checkpoint.open import find_checkpoint
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.hf import is_hf_folder, load_decoder_weights
 from megatron_ext.optim import Optimizer
@@ -25,6 +24,6 @@ def resume_or_init(
         if is_hf_folder(section.init_from):
             load_decoder_weights(section.init_from, optimizer.model.module, topology)
         else:
-            checkpoint.load_initial(Path(section.init_from))
+            checkpoint.load_initial(find_checkpoint(section.init_from))
         optimizer.inner.reload_model_params()  # its master weights are copies
     return TrainState()
