@@ -107,6 +107,9 @@ def _text_model(
         rms_norm_eps=shape.layernorm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
         attn_implementation="sdpa",
+        # The class's defaults are Emu3's ids, which a smaller vocabulary lacks; the grammar ends sequences here.
+        bos_token_id=None,
+        eos_token_id=None,
         pad_token_id=0,  # marks a row without gradient; there are no gradients here, but it must be a row
         tie_word_embeddings=False,
     )

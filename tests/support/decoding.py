@@ -56,6 +56,7 @@ def train_losses(
     scope: str = "document",
     model: dict[str, Any] | None = None,
     precision: str = "fp32",
+    device: str = "cpu",
     folder: str | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train to step `steps`; returns losses and gradient norm of each step, and the full weights at the end.
@@ -69,7 +70,7 @@ def train_losses(
     from megatron_ext.train.step import MicrobatchRunner
 
     layout = ParallelConfig(**parallel)
-    with Topology.start(RuntimeConfig(device="cpu", precision=precision), layout) as topology:
+    with Topology.start(RuntimeConfig(device=device, precision=precision), layout) as topology:
         decoder = build_model(ModelConfig(**{**vars(MODEL), **(model or {})}), layout, LAYOUT, topology, seed=7)
         optimizer = build_optimizer(OPTIM, layout, decoder, topology, steps)
         runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=3)
@@ -123,4 +124,4 @@ def full_weights(decoder: torch.nn.Module, topology: Any) -> dict[str, torch.Ten
             weights[name] = torch.cat([half[0] for half in halves] + [half[1] for half in halves])
         else:
             weights[name] = torch.cat(parts, dim=dim)
-    return weights
+    return {name: weight.cpu() for name, weight in weights.items()}
