@@ -40,7 +40,10 @@ def train(config: RunConfig) -> None:
         objective = build_objective(config.objective, vocab.layout)
         model = build_model(config.model, config.parallel, vocab.layout, topology, config.train.seed)
         optimizer = build_optimizer(config.optim, config.parallel, model, topology, config.train.train_steps)
-        checkpoint = DecoderCheckpoint(config.checkpoint, run.folder, optimizer, topology, vocab, config_yaml)
+        identities = {"data": data.train.identity, "vision_tokenizer": data.vision_tokenizer}
+        checkpoint = DecoderCheckpoint(
+            config.checkpoint, run.folder, optimizer, topology, vocab, identities, config_yaml
+        )
         state = resume_or_init(config.checkpoint, checkpoint, optimizer, topology)
         Trainer(config.train, data, objective, optimizer, checkpoint, topology, run).fit(state)
 

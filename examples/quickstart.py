@@ -61,8 +61,12 @@ class Stage:
 
 PYTHON = os.path.relpath(sys.executable)
 TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-DECODER = (*TORCHRUN, "pretrain_emu3.py", "--config", "examples/tiny_cpu.yaml", "--observe.run_dir", f"{ROOT}/decoder")
+DECODER = (
+    *(*TORCHRUN, "pretrain_emu3.py", "--config", "examples/tiny_cpu.yaml"),
+    *("--observe.run_dir", f"{ROOT}/decoder", "--train.micro_batch_size", "2"),
+)
 MEDIA = "examples/media/**/*"
+CODE = ("megatron_ext/**/*.py", "megatron_ext/**/*.cpp", "tokenizer_train/**/*.py", "tools/*.py")
 CAPTION = "A tabby cat looks into the camera."
 
 STAGES = (
@@ -70,7 +74,7 @@ STAGES = (
         name="text_tokenizer",
         says="train a SentencePiece tokenizer on captions and prose",
         command=(PYTHON, "-m", "tokenizer_train.text.train", "--config", "examples/text_tokenizer_tiny.yaml"),
-        inputs=(MEDIA,),
+        inputs=(MEDIA, *CODE),  # keys are chained: a change of the code runs everything again
         outputs=(f"{ROOT}/text_tokenizer.model",),
         expected_s=5,
     ),

@@ -198,7 +198,9 @@ def add_pictures(page: Report, gallery: Gallery) -> None:
     page.note(MEMORISES)
     page.cards([card for card in gallery.pictures if card.badge == "seen in training"])
     page.section(
-        "Pictures the decoder has not seen", "Their captions get another picture, their codes another caption."
+        "Pictures the decoder has not seen",
+        "Held out from the decoder alone: both tokenizers were trained on all pictures and captions, these too. Their "
+        "captions get another picture, their codes another caption.",
     )
     page.cards([card for card in gallery.pictures if card.badge == "held out"])
     page.section("Clips", "Each is a few seconds at four frames per second; four frames share one frame of codes.")

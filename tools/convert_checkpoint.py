@@ -55,12 +55,7 @@ def to_hf(config: ToHfConfig) -> None:
     vision = load_vision_tokenizer(config.vision_tokenizer)
     with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
         opened = open_checkpoint(config.checkpoint, topology)
-        layout = opened.vocab.layout
-        if vision.config.codebook_size != layout.codebook_size:
-            raise InputError(
-                f"vision_tokenizer {config.vision_tokenizer!r} has {vision.config.codebook_size} codes, the "
-                f"checkpoint's vocabulary {layout.codebook_size}: give the vision tokenizer of its data"
-            )
+        opened.check_vision_tokenizer(vision.identity, vision.config.codebook_size)
         write_release(
             config.output,
             opened.model,

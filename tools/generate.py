@@ -135,17 +135,18 @@ def open_models(config: GenerateConfig) -> Iterator[Models]:
 
     with Topology.start(config.runtime, ParallelConfig()) as topology:
         target = {"dtype": topology.dtype, "device": topology.device}
+        if config.vision_tokenizer is not None:
+            vision = load_vision_tokenizer(config.vision_tokenizer)
+        else:
+            vision = load_vision_from_hf(config.hf)
         if config.hf is not None:
             vocab = read_vocabulary(config.hf)
             decoder = TextDecoder.from_hf(config.hf, **target)
         else:
             opened = open_checkpoint(config.checkpoint, topology)
+            opened.check_vision_tokenizer(vision.identity, vision.config.codebook_size)
             vocab = opened.vocab
             decoder = TextDecoder.from_checkpoint(opened.model, **target)
-        if config.vision_tokenizer is not None:
-            vision = load_vision_tokenizer(config.vision_tokenizer)
-        else:
-            vision = load_vision_from_hf(config.hf)
         if vision.config.codebook_size != vocab.layout.codebook_size:
             raise InputError(
                 f"the vision tokenizer has {vision.config.codebook_size} codes, the vocabulary "

@@ -74,9 +74,11 @@ def validate(dataset: DocumentDataset) -> None:
     """Check files and documents.
 
     Raises:
-        InputError: a document that is none; the lines before it name the first of them, position and reason.
+        InputError: a document that is none (the lines before it name the first of them, position and reason), or ids
+            that are not the manifest's. The sidecar may be another file: rebuilt, it has other keys.
     """
-    for suffix, intact in dataset.check_files().items():
+    intact_files = dataset.check_files()
+    for suffix, intact in intact_files.items():
         print(f"  {suffix:<11} {'as the manifest says' if intact else 'NOT what the manifest says'}")
     grammar = Grammar(dataset.vocabulary)
     wrong = 0
@@ -91,6 +93,9 @@ def validate(dataset: DocumentDataset) -> None:
     if wrong:
         raise InputError(f"{dataset.prefix}: {wrong:,} of {len(dataset):,} documents are invalid: preprocess again")
     print(f"  all {len(dataset):,} documents are valid")
+    for suffix in (".bin", ".idx"):
+        if not intact_files[suffix]:
+            raise InputError(f"{dataset.prefix}{suffix} is not what its manifest says: copy it again, or preprocess")
 
 
 def main(argv: list[str]) -> None:

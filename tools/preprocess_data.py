@@ -158,8 +158,7 @@ def _documents_of(
     captions = [caption for caption in captions if caption]
     if not captions:
         yield sample.key, [sample.media]
-    for number, ids in enumerate(vocabulary.text.encode_batch(captions)):
-        caption = Text(np.asarray(ids))
+    for number, caption in enumerate(_encoded([(sample.key, caption) for caption in captions], vocabulary)):
         position = config.caption_position
         if position == "random":
             after = draw("caption", config.seed, sample.key, number) < config.caption_after_probability
@@ -181,9 +180,25 @@ def _text_documents(
         while batch := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
             filled = [(key, text) for key, text in batch if text.strip()]
             left_out["empty texts"] += len(batch) - len(filled)
-            ids_of_texts = vocabulary.text.encode_batch([text for _, text in filled])
-            for (key, _), ids in zip(filled, ids_of_texts, strict=True):
-                yield key, [Text(np.asarray(ids))]
+            for (key, _), text in zip(filled, _encoded(filled, vocabulary), strict=True):
+                yield key, [text]
+
+
+def _encoded(texts: list[tuple[str, str]], vocabulary: Vocabulary) -> list[Text]:
+    """The ids of texts with their source keys.
+
+    Raises:
+        InputError: a text has no ids; the message names its key.
+    """
+    try:
+        return [Text(np.asarray(ids)) for ids in vocabulary.text.encode_batch([text for _, text in texts])]
+    except InputError:
+        for key, text in texts:  # a batch does not say which
+            try:
+                vocabulary.text.encode(text)
+            except InputError as error:
+                raise InputError(f"{key}: {error}") from None
+        raise
 
 
 def main(argv: list[str]) -> None:

@@ -1,7 +1,8 @@
 """Pictures and clips to visual codes: folders or WebDataset tars in, tar shards of codes and a manifest out.
 
 What cannot be decoded is skipped, counted and named. Started again, the program takes up where it was interrupted, and
-does nothing when inputs, tokenizer and options are as they were.
+does nothing when inputs, tokenizer and options are as they were; when they are not, it refuses or, if told so,
+overwrites.
 """
 
 import functools
@@ -47,6 +48,9 @@ class TokenizeVisionConfig:
     shard_size: int = 1000
     """Input samples of one shard; an interruption loses at most this much work."""
 
+    overwrite: bool = False
+    """Remove what output holds when it was made with other inputs, options or tokenizer; false refuses."""
+
     device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible."""
 
@@ -89,7 +93,7 @@ def main(argv: list[str]) -> None:
     factor = model.config.spatial_factor
     if config.resize.rule == "square" and config.resize.size % factor:
         raise InputError(f"resize.size = {config.resize.size}: must be a multiple of the spatial factor {factor}")
-    writer = ShardWriter(config.output, manifest_header(config, samples, model))
+    writer = ShardWriter(config.output, manifest_header(config, samples, model), overwrite=config.overwrite)
     if writer.complete:
         console.print(f"{config.output} is finished and nothing has changed: reused", soft_wrap=True)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from megatron_ext.checkpoint.decoder import load_weights
-from megatron_ext.checkpoint.store import LATEST, latest_checkpoint
+from megatron_ext.checkpoint.store import LATEST, latest_checkpoint, read_metadata
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
@@ -24,6 +24,21 @@ class OpenedCheckpoint:
     vocab: Vocabulary
     seq_length: int
     """Ids in a training window: how far positions have been seen."""
+    vision_tokenizer: str | None
+    """Identity of the vision tokenizer of its data; None where it has none, or came from elsewhere."""
+
+    def check_vision_tokenizer(self, identity: str, codebook_size: int) -> None:
+        """Raise InputError unless codes of this vision tokenizer are what the decoder was trained on."""
+        if codebook_size != self.vocab.layout.codebook_size:
+            raise InputError(
+                f"vision_tokenizer has {codebook_size} codes, the checkpoint's vocabulary "
+                f"{self.vocab.layout.codebook_size}: give the vision tokenizer of its data"
+            )
+        if self.vision_tokenizer not in (None, identity):
+            raise InputError(
+                f"vision_tokenizer has identity {identity}, the checkpoint was trained on codes of "
+                f"{self.vision_tokenizer}: give the vision tokenizer of its data"
+            )
 
 
 def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
@@ -37,7 +52,12 @@ def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
     vocab = Vocabulary.from_folder(folder / "vocabulary")
     model = build_model(ModelConfig(**config["model"]), ParallelConfig(), vocab.layout, topology, seed=0)
     load_weights(folder, model)
-    return OpenedCheckpoint(model=model.eval(), vocab=vocab, seq_length=config["train"]["seq_length"])
+    return OpenedCheckpoint(
+        model=model.eval(),
+        vocab=vocab,
+        seq_length=config["train"]["seq_length"],
+        vision_tokenizer=read_metadata(folder).get("vision_tokenizer"),
+    )
 
 
 def find_checkpoint(folder: str | Path) -> Path:

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+LARGEST_DENOMINATOR = 100
+"""Weights are fractions k/n with n up to this, so that their sums are exact integers."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:

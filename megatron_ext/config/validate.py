@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 
 from megatron_ext.config.errors import InputError
+from megatron_ext.config.objective import LARGEST_DENOMINATOR
 from megatron_ext.config.run import RunConfig
 
 
@@ -29,6 +31,12 @@ def _sequence_divisor(config: RunConfig) -> int:
     parallelism."""
     context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
     return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
+
+
+def _largest_weight(config: RunConfig) -> int:
+    """The largest integer weight of a label: weights are k/n over one n (objectives/next_token.py)."""
+    fraction = Fraction(config.objective.vision_loss_weight).limit_denominator(LARGEST_DENOMINATOR)
+    return max(fraction.numerator, fraction.denominator)
 
 
 RULES = (
@@ -77,21 +85,11 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: (
-            c.train.global_batch_size * c.train.seq_length * 100 >= 2**31 and c.objective.vision_loss_weight % 0.5
-        ),
+        lambda c, n: c.train.global_batch_size * c.train.seq_length * _largest_weight(c) >= 2**31,
         lambda c, n: (
             f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} at "
             f"objective.vision_loss_weight {c.objective.vision_loss_weight} can pass 2^31, the largest count that "
             "megatron-core adds up: use a smaller batch or a weight with a smaller denominator, such as 0.5"
-        ),
-    ),
-    Rule(
-        lambda c, n: c.train.global_batch_size * c.train.seq_length * 2 >= 2**31,
-        lambda c, n: (
-            f"train.global_batch_size {c.train.global_batch_size} x train.seq_length {c.train.seq_length} can "
-            "pass 2^31 "
-            "weighted tokens, the largest count that megatron-core adds up: use a smaller batch"
         ),
     ),
     Rule(

@@ -3,7 +3,7 @@
     PREFIX.bin, PREFIX.idx   the documents' ids as megatron-core's IndexedDataset: int32, one sequence per document
     PREFIX.spans.npz         the sidecar: kind, source key and unbreakable spans of each document
     PREFIX.vocabulary/       the vocabulary the ids belong to (Vocabulary.save)
-    PREFIX.manifest.json     format version, vocabulary id, vision-tokenizer id, counts, sizes and hashes
+    PREFIX.manifest.json     format version, vocabulary id, vision-tokenizer id, counts, sizes, hashes, sidecar digest
 
 Written under temporary names and renamed when complete, the .idx last: where there is an .idx, everything is there.
 The same documents give the same bytes.
@@ -69,6 +69,8 @@ class Manifest:
     """Ids of the longest document."""
     files: Mapping[str, Mapping[str, int | str]]
     """Bytes and sha256 of each file, by suffix."""
+    sidecar: str
+    """Digest of the sidecar."""
 
     @property
     def num_documents(self) -> int:
@@ -117,6 +119,15 @@ class Sidecar:
     @property
     def spans(self) -> Spans:
         return Spans(self.span_offsets, self.span_bounds)
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of kinds and spans; keys are left out, because they cannot be rebuilt from the ids."""
+        digest = hashlib.sha256()
+        for part in (self.kinds, self.span_offsets, self.span_bounds):
+            digest.update(f"{part.dtype.str}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part))
+        return digest.hexdigest()
 
     def save(self, path: Path) -> None:
         with path.open("wb") as file:  # np.savez stamps no time into the archive: the same content, the same bytes
@@ -222,7 +233,8 @@ class DocumentWriter:
         if not len(self):
             raise InputError(f"{self.prefix} would be empty: no input gave a document")
         self._builder.finalize(str(self._partial(".idx")))
-        self._sidecar.build().save(self._partial(".spans.npz"))
+        sidecar = self._sidecar.build()
+        sidecar.save(self._partial(".spans.npz"))
         self.vocabulary.save(self._partial(".vocabulary"))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -233,6 +245,7 @@ class DocumentWriter:
             visual_ids=self.visual_ids,
             longest=self.longest,
             files={suffix: _file_facts(self._partial(suffix)) for suffix in (".bin", ".idx", ".spans.npz")},
+            sidecar=sidecar.digest,
         )
         manifest.save(self._partial(".manifest.json"))
         # Without its .idx the older dataset is no dataset: no moment shows a mixture of the two as a whole.
@@ -298,8 +311,8 @@ class DocumentDataset:
         if not path.exists():
             self._rebuild_sidecar(path)
         sidecar = Sidecar.read(path)
-        if len(sidecar) != len(self):
-            raise InputError(f"{path} describes {len(sidecar)} documents of {len(self)}: remove it, it will be rebuilt")
+        if sidecar.digest != self.manifest.sidecar:
+            raise InputError(f"{path} does not describe these documents: remove it, it will be rebuilt")
         return sidecar
 
     def _rebuild_sidecar(self, path: Path) -> None:
@@ -312,10 +325,15 @@ class DocumentDataset:
                 builder.add(document_kind(decode_document(ids, self.vocabulary)), key, spans(ids, self.vocabulary))
             except InputError as error:
                 raise InputError(f"document {document} of {self.prefix}: {error}") from None
+        sidecar = builder.build()
+        if sidecar.digest != self.manifest.sidecar:
+            raise InputError(
+                f"{self.prefix}.bin holds other documents than its manifest says: preprocess the data again"
+            )
         # A name of its own: several ranks may be doing this at once, and each result is the same.
         handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=_PARTIAL, dir=path.parent)
         os.close(handle)
-        builder.build().save(Path(temporary))
+        sidecar.save(Path(temporary))
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
 

@@ -112,6 +112,9 @@ class Data:
     valid: Loader | None
     """None where data.valid is empty."""
 
+    vision_tokenizer: str | None
+    """Identity of the vision tokenizer of all pictures; None where there are none."""
+
 
 def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, topology: BatchTopology) -> Data:
     """Open, check and pack all datasets. Sizes that span sections are checked before, by `config.validate`.
@@ -132,7 +135,7 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         ]
         for section, datasets in (("train", data.train), ("valid", data.valid))
     }
-    _check_vision_tokenizer([*packed["train"], *packed["valid"]])
+    vision_tokenizer = _one_vision_tokenizer([*packed["train"], *packed["valid"]])
 
     def loader(datasets: list[PackedDataset], blend: tuple[DatasetConfig, ...]) -> Loader:
         weights = [dataset.weight for dataset in blend]
@@ -141,10 +144,11 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
     return Data(
         train=loader(packed["train"], data.train),
         valid=loader(packed["valid"], data.valid) if data.valid else None,
+        vision_tokenizer=vision_tokenizer,
     )
 
 
-def _check_vision_tokenizer(datasets: Sequence[PackedDataset]) -> None:
+def _one_vision_tokenizer(datasets: Sequence[PackedDataset]) -> str | None:
     """Visual ids of different tokenizers mean different things: a blend has one, or none."""
     seen: dict[str, Path] = {}
     for dataset in datasets:
@@ -157,6 +161,7 @@ def _check_vision_tokenizer(datasets: Sequence[PackedDataset]) -> None:
             f"data: {first_prefix} was made by vision tokenizer {first}, {second_prefix} by {second}: "
             "tokenize all pictures of a run with one tokenizer"
         )
+    return next(iter(seen), None)
 
 
 def _short_names(prefixes: Sequence[str]) -> tuple[str, ...]:

@@ -107,10 +107,10 @@ def _text_model(
         rms_norm_eps=shape.layernorm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rotary_base},
         attn_implementation="sdpa",
-        # The class's defaults are Emu3's ids, which a smaller vocabulary lacks; the grammar ends sequences here.
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,  # marks a row without gradient; there are no gradients here, but it must be a row
+        # Nothing here reads these (the grammar begins and ends sequences), but each must be a row of the vocabulary.
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
         tie_word_embeddings=False,
     )
     with torch.device("meta"):

@@ -107,6 +107,8 @@ def _gated_rows(ffn: int) -> Index:
 def text_config(shape: DecoderShape, layout: VocabLayout, max_position_embeddings: int) -> dict[str, Any]:
     """Keyword arguments of transformers' Emu3TextConfig.
 
+    It has one dropout: attention_dropout stands for ours of attention and for that of the hidden states.
+
     Raises:
         InputError: the shape has QK norm, which transformers' Emu3 does not know.
     """
@@ -160,4 +162,7 @@ def shape_from_text_config(config: dict[str, Any]) -> DecoderShape:
         raise InputError(f"config.json: text_config has no {missing}; is this an Emu3 model?") from None
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not supported; Emu3 uses 'default'")
+    for name, only in (("rope_scaling", None), ("hidden_act", "silu")):
+        if config.get(name, only) != only:
+            raise InputError(f"config.json: {name} is {config[name]!r}, Emu3 has {only!r}: give a model that has it so")
     return shape

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import Emu3Config, GenerationConfig
 
+from megatron_ext.config import InputError
 from megatron_ext.hf.convert import (
     TEXT_PREFIX,
     VISION_PREFIX,
     VOCABULARY,
     decoder_tensors,
     is_hf_folder,
-    read_config,
     vision_tensors,
 )
 from megatron_ext.hf.decoder import text_config
@@ -65,11 +65,11 @@ def write_release(
 
     Raises:
         InputError: a shape, vocabulary or vision tokenizer that transformers' Emu3 cannot express, or a folder that
-            holds another model.
+            holds a model that this function did not write.
     """
     folder = Path(folder)
-    if is_hf_folder(folder):
-        read_config(folder)  # an earlier export is replaced, a vision tokenizer is not
+    if is_hf_folder(folder) and not (folder / VOCABULARY).is_dir():
+        raise InputError(f"{folder} holds a model that was not exported from here: give another output folder")
     layout = vocabulary.layout
     tokenizer = build_tokenizer(vocabulary.text, layout)
     config = Emu3Config(
@@ -80,7 +80,8 @@ def write_release(
         dtype=dtype,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").unlink(missing_ok=True)
+    for stale in ("config.json", "preprocessor_config.json", "processor_config.json"):
+        (folder / stale).unlink(missing_ok=True)
     write_weights(folder, _tensors(model, vision, dtype))
     temporary = folder / "tokenizer.json.tmp"
     tokenizer.save(str(temporary), pretty=False)

@@ -58,12 +58,12 @@ def write_weights(
 ) -> dict[str, str]:
     """Write (name, tensor) pairs as model*.safetensors into `folder`; at most one shard is held in memory.
 
-    Files of an earlier export are removed first. Returns name -> file.
+    Files of an earlier or interrupted export are removed first. Returns name -> file.
 
     Raises:
         ValueError: a name comes twice.
     """
-    for stale in folder.glob("model*.safetensors*"):
+    for stale in (*folder.glob("model*.safetensors*"), *folder.glob("part-*.tmp")):
         stale.unlink()
     shards: list[list[str]] = []
     held: dict[str, torch.Tensor] = {}

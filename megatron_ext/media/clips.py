@@ -48,7 +48,7 @@ def decode_clip(
     an untrusted file can claim years.
 
     Raises:
-        MediaError: not a readable clip, no video stream, or fewer than `multiple` frames.
+        MediaError: not a readable clip, no video stream, fewer than `multiple` frames, or frames of several sizes.
     """
     try:
         with av.open(io.BytesIO(data)) as container:
@@ -68,6 +68,8 @@ def decode_clip(
     count = len(frames) // multiple * multiple
     if not count:
         raise MediaError(f"{len(frames)} frames at {rate:g} a second: at least {multiple} are needed")
+    if len({frame.shape for frame in frames[:count]}) > 1:
+        raise MediaError("the picture size changes within the clip")
     return Clip(
         frames_THWC=np.stack(frames[:count]),
         frame_rate_mhz=round(rate * 1000),

@@ -69,25 +69,22 @@ class Sample:
     """KEY.txt: a caption."""
 
     fields: Extent | None
-    """KEY.json: an object; `caption`, `captions` (a list) and `caption_*` (another language) are captions."""
+    """KEY.json: more captions, see `json_captions`."""
 
     def captions(self) -> tuple[str, ...]:
         """The captions, that of KEY.txt first, then those of KEY.json in its order; no empty one, none twice.
 
         Raises:
-            MediaError: the files are not UTF-8, or KEY.json is not a JSON object.
+            MediaError: KEY.txt is not UTF-8, or KEY.json is refused by `json_captions`.
         """
         found: list[str] = []
-        try:
-            if self.text:
+        if self.text:
+            try:
                 found.append(self.text.read().decode("utf-8"))
-            if self.fields:
-                fields = json.loads(self.fields.read().decode("utf-8"))
-                if not isinstance(fields, dict):
-                    raise MediaError("its .json is not an object")
-                found += _captions(fields)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise MediaError(f"its captions are unreadable: {error}") from None
+            except UnicodeDecodeError as error:
+                raise MediaError(f"its captions are unreadable: {error}") from None
+        if self.fields:
+            found += json_captions(self.fields.read())
         return tuple(dict.fromkeys(caption.strip() for caption in found if caption.strip()))
 
 
@@ -117,12 +114,26 @@ def list_samples(inputs: Iterable[str | Path]) -> list[Sample]:
     return list(samples.values())
 
 
-def _captions(fields: dict) -> Iterator[str]:
-    for name, value in fields.items():
-        if name == "captions" and isinstance(value, list):
-            yield from (item for item in value if isinstance(item, str))
-        elif isinstance(value, str) and (name == "caption" or name.startswith("caption_")):
-            yield value
+def json_captions(content: bytes) -> list[str]:
+    """The captions in img2dataset's .json: `caption`, `captions` (a list) and `caption_*` (another language), in order.
+
+    Raises:
+        MediaError: not a JSON object in UTF-8, or a caption with a lone surrogate, which no file could hold.
+    """
+    found: list[str] = []
+    try:
+        fields = json.loads(content.decode("utf-8"))
+        if not isinstance(fields, dict):
+            raise MediaError("its captions are unreadable: not a JSON object")
+        for name, value in fields.items():
+            if name == "captions" and isinstance(value, list):
+                found += (item for item in value if isinstance(item, str))
+            elif isinstance(value, str) and (name == "caption" or name.startswith("caption_")):
+                found.append(value)
+        "".join(found).encode("utf-8")
+    except (UnicodeError, json.JSONDecodeError) as error:
+        raise MediaError(f"its captions are unreadable: {error}") from None
+    return found
 
 
 def _folder_entries(folder: Path) -> Iterator[tuple[str, str, Extent]]:

@@ -42,6 +42,12 @@ class DecoderShape:
     attention_dropout: float = 0.1
     hidden_dropout: float = 0.1
 
+    @property
+    def identity(self) -> str:
+        """What weights of this shape fit: every field that decides a tensor's size or meaning, as text."""
+        shaping = {k: v for k, v in vars(self).items() if not k.endswith(("_dropout", "_std"))}
+        return ", ".join(f"{name} {value}" for name, value in shaping.items())
+
     @classmethod
     def of(cls, model: ModelConfig) -> "DecoderShape":
         """The preset with the section's overrides. Raises InputError for a shape that cannot be built."""
@@ -116,7 +122,8 @@ class Emu3Model(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Cross entropy of labels_BT under logits_SBV; a padded row can be neither label nor alternative."""
-        logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
+        if self.real_rows < logits.size(-1):
+            logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
         return super().compute_language_model_loss(labels, logits)
 
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config.errors import InputError
-from megatron_ext.config.objective import ObjectiveConfig
+from megatron_ext.config.objective import LARGEST_DENOMINATOR, ObjectiveConfig
 from megatron_ext.data.batch import Batch
 from megatron_ext.objectives.base import LossSums
 from megatron_ext.vocab import VocabLayout
-
-LARGEST_DENOMINATOR = 100
 
 
 class NextToken:
@@ -64,5 +62,6 @@ class NextToken:
             f"loss_dataset/{name}": batch.label_mask_BT & (batch.dataset_BT == index)
             for index, name in enumerate(dataset_names)
         }
-        metrics = {name: (plain_BT[mask].sum(), mask.sum()) for name, mask in subsets.items()}
+        # Not plain_BT[mask], which makes a GPU wait for the number of selected tokens.
+        metrics = {name: (torch.where(mask, plain_BT, 0).sum(), mask.sum()) for name, mask in subsets.items()}
         return LossSums(loss_sum, weight_sum, {"loss": (loss_sum.detach(), weight_sum), **metrics})

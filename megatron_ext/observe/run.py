@@ -1,6 +1,7 @@
 """The run folder: config.yaml, metrics.jsonl, events.jsonl, tensorboard/, and the console of the run."""
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ class Run:
         self.console = Console(quiet=not is_main, highlight=False)
         self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
         self._events: JsonLines | None = None
+        self._config_yaml = ""
         if is_main:
             self._writers = [
                 JsonLines(self.folder / "metrics.jsonl"),
@@ -36,15 +38,15 @@ class Run:
     def open(
         cls, observe: ObserveConfig, is_main: bool, config_yaml: str, *, total_steps: int | None = None
     ) -> Iterator["Run"]:
-        """Open the run folder, write config.yaml there, and log event `start` with the configuration.
+        """Open the run folder and log event `start` with the configuration.
 
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
         """
         if is_main:
             Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
-            (Path(observe.run_dir) / "config.yaml").write_text(config_yaml, encoding="utf-8")
         run = cls(observe, is_main=is_main, total_steps=total_steps)
+        run._config_yaml = config_yaml
         run.log_event("start", config=yaml.safe_load(config_yaml))
         try:
             yield run
@@ -69,10 +71,15 @@ class Run:
             self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
 
     def truncate_after(self, step: int) -> None:
-        """Forget the metrics after `step`, where this start resumes (0: a new run), and log event `resume`.
+        """Forget the metrics after `step`, where this start resumes (0: a new run), write config.yaml, log `resume`.
 
-        Call it once, before the first `log_metrics`: the steps a killed start did after its last checkpoint come again.
+        Call it once, before the first `log_metrics` and when nothing can be refused any more: the steps a killed start
+        did after its last checkpoint come again, and a mistyped start leaves the run's config.yaml as it was.
         """
+        if self._events is not None:
+            temporary = self.folder / "config.yaml.partial"
+            temporary.write_text(self._config_yaml, encoding="utf-8")
+            os.replace(temporary, self.folder / "config.yaml")
         for writer in self._writers:
             if not isinstance(writer, ConsoleLines):
                 writer.truncate_after(step)

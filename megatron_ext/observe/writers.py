@@ -110,14 +110,7 @@ class ConsoleLines:
             self._rates.clear()
 
     def _training_parts(self, record: Mapping[str, Any]) -> list[str]:
-        labels = {
-            "loss": "loss",
-            "loss_text": "text",
-            "loss_vision": "vision",
-            "grad_norm": "grad",
-            "learning_rate": "lr",
-        }
-        parts = [f"{label} {_number(record[name])}" for name, label in labels.items() if name in record]
+        parts = [f"{label} {_number(record[name])}" for name, label in CONSOLE_LABELS.items() if name in record]
         if self._rates:
             parts.append(f"{sum(self._rates) / len(self._rates):,.0f} tokens/s")
         remaining = self._seconds_left()

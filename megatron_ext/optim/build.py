@@ -60,6 +60,8 @@ class Optimizer:
         rate = self.learning_rate(step)
         for group in self.inner.param_groups:
             group["lr"] = rate
+            # megatron-core only marks the groups; its own scheduler, which we do not use, would apply the mark.
+            group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
         _, grad_norm, _ = self.inner.step()
         return StepResult(grad_norm=float(grad_norm), learning_rate=rate)
 
@@ -70,13 +72,18 @@ def build_optimizer(
     """The optimizer of `model`; norms (one-dimensional weights) have no weight decay. `steps`: length of the run.
 
     Raises:
-        InputError: the schedule contradicts itself.
+        InputError: the schedule contradicts itself, or the precision cannot be trained in on this device.
     """
     decay_steps = optim.lr_decay_steps or steps
     if optim.lr_decay_style != "constant" and optim.lr_warmup_steps >= decay_steps:
         raise InputError(
             f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {decay_steps} steps of the decay: "
             "shorten the warm-up or set optim.lr_decay_steps"
+        )
+    if topology.device.type != "cpu" and topology.dtype == torch.float32:
+        raise InputError(
+            "runtime.precision is fp32 on a GPU, where Transformer Engine has no attention over packed documents in "
+            "fp32: set runtime.precision to bf16, or runtime.device to cpu"
         )
     wrapped = DistributedDataParallel(
         config=model.config,

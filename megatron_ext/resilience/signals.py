@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 
 class StopRequest:
-    """Set by the first signal; a second one of the same kind acts as if nothing had been installed."""
+    """Set by the first signal. A second Ctrl-C acts as if nothing had been installed; a second SIGTERM does nothing:
+    schedulers and torchrun each deliver one, and the first is being obeyed.
+    """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -25,7 +27,8 @@ class StopRequest:
 
         def receive(number: int, frame: object) -> None:
             request.signal_name = signal.Signals(number).name
-            signal.signal(number, previous[number])
+            if number == signal.SIGINT:
+                signal.signal(number, previous[number])
 
         for number in numbers:
             signal.signal(number, receive)

@@ -50,8 +50,8 @@ class Adaptation:
     build: Callable[[Any], Any]
     """Takes the original, returns the replacement."""
 
-    upstream: str
-    """Where the reason stands, file and line of 0.16.1."""
+    upstream: dict[str, str]
+    """megatron-core version -> where the reason stands; the row is applied to these versions."""
 
     why: str
     test: str
@@ -119,54 +119,74 @@ TABLE = (
     Adaptation(
         symbol="*.torch",
         build=lambda original: TorchOnCpu(),
-        upstream="tensor_parallel/mappings.py:91, pipeline_parallel/schedules.py:596, optimizer/optimizer.py:473, ...",
+        upstream={
+            "0.16.1": "tensor_parallel/mappings.py:91, pipeline_parallel/schedules.py:596, optimizer.py:473, ...",
+            "0.19.2": "the same places",
+        },
         why="buffers and counters are allocated with device literals that name CUDA",
         test="tests/distributed/test_layouts.py",
     ),
     Adaptation(
         symbol="megatron.core.tensor_parallel.random._get_cuda_rng_state",
         build=_cpu_rng_state,
-        upstream="tensor_parallel/random.py:42",
+        upstream={"0.16.1": "tensor_parallel/random.py:41", "0.19.2": "tensor_parallel/random.py:104"},
         why="recomputation saves the state of the CUDA generator",
         test="tests/unit/runtime/test_cpu.py",
     ),
     Adaptation(
         symbol="megatron.core.tensor_parallel.random._set_cuda_rng_state",
         build=_set_cpu_rng_state,
-        upstream="tensor_parallel/random.py:76",
+        upstream={"0.16.1": "tensor_parallel/random.py:72", "0.19.2": "tensor_parallel/random.py:135"},
         why="the tracker and recomputation restore the state of the CUDA generator",
         test="tests/unit/runtime/test_cpu.py",
     ),
     Adaptation(
         symbol="megatron.core.tensor_parallel.random.CudaRNGStatesTracker.fork",
         build=_cpu_fork,
-        upstream="tensor_parallel/random.py:245",
+        upstream={"0.16.1": "tensor_parallel/random.py:243", "0.19.2": "tensor_parallel/random.py:311"},
         why="upstream assumes separate CPU and CUDA generators and warns when the CPU's moves",
         test="tests/unit/runtime/test_cpu.py",
     ),
     Adaptation(
         symbol="megatron.core.optimizer.optimizer.clip_grad_by_total_norm_fp32",
         build=_clip_on_cpu,
-        upstream="optimizer/clip_grads.py:167",
+        upstream={"0.16.1": "optimizer/clip_grads.py:167", "0.19.2": "optimizer/clip_grads.py:174"},
         why="asserts that gradients are torch.cuda.FloatTensor",
         test="tests/distributed/test_layouts.py",
     ),
     Adaptation(
         symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer.__init__",
         build=_under_cuda_type_names,
-        upstream="optimizer/distrib_optimizer.py:361,420,582",
+        upstream={
+            "0.16.1": "optimizer/distrib_optimizer.py:361,420,582",
+            "0.19.2": "optimizer/distrib_optimizer.py:401,466,758",
+        },
         why="sorts parameters by comparing tensor.type() with CUDA type names",
         test="tests/distributed/test_layouts.py",
     ),
     Adaptation(
         symbol="megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
         build=lambda original: _set_adamw_states,
-        upstream="optimizer/distrib_optimizer.py:939",
+        upstream={"0.16.1": "optimizer/distrib_optimizer.py:939", "0.19.2": "optimizer/distrib_optimizer.py:1193"},
         why=(
             "torch's AdamW keeps a `step` beside the moments, which checkpoints do not hold per parameter: "
             "KeyError on load"
         ),
         test="tests/distributed/test_resume.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.Adam",
+        build=lambda original: torch.optim.AdamW,
+        upstream={"0.16.1": "optimizer/__init__.py:13", "0.19.2": "optimizer/__init__.py:14"},
+        why="where Transformer Engine is installed, its FusedAdam is taken, which computes on CUDA only",
+        test="tests/gpu/test_decoder.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.distrib_optimizer.HAVE_APEX_OR_TE",
+        build=lambda original: False,
+        upstream={"0.16.1": "optimizer/distrib_optimizer.py:640", "0.19.2": "optimizer/distrib_optimizer.py:837"},
+        why="decides how Adam's step is saved and loaded; it must agree with the row above",
+        test="tests/gpu/test_decoder.py",
     ),
 )
 
@@ -182,18 +202,21 @@ def check_version() -> str:
     return version
 
 
+_applied: set[str] = set()
+
+
 def adapt_to_cpu() -> None:
-    """Apply the table once per process. Does nothing where a GPU is visible."""
-    check_version()
-    if torch.cuda.is_available():
-        return
+    """Apply the table's rows for the installed version; again for modules that were loaded since the last call."""
+    version = check_version()
     for module in MODULES:
         importlib.import_module(module)
     for row in TABLE:
+        if version not in row.upstream or row.symbol in _applied:
+            continue
         for owner, name in _owners(row.symbol):
-            original = vars(owner)[name]
-            if not getattr(original, "_adapted_to_cpu", False):
-                setattr(owner, name, _marked(row.build(original)))
+            setattr(owner, name, row.build(vars(owner)[name]))
+        if not row.symbol.startswith("*"):
+            _applied.add(row.symbol)
 
 
 def _owners(symbol: str) -> list[tuple[Any, str]]:
@@ -210,8 +233,3 @@ def _owners(symbol: str) -> list[tuple[Any, str]]:
                 owner = getattr(owner, part)
             return [(owner, name)]
     raise AttributeError(f"megatron-core has no {symbol}")
-
-
-def _marked(replacement: Any) -> Any:
-    replacement._adapted_to_cpu = True
-    return replacement

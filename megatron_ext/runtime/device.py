@@ -11,7 +11,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
-    """The device of this rank. Raises InputError when CUDA is asked for and absent."""
+    """The device of this rank. Raises InputError when CUDA is asked for and absent, or a rank has no GPU of its own."""
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device is 'cuda' and no GPU is visible: set runtime.device to cpu or auto")
     if runtime.device == "cpu" or not torch.cuda.is_available():
@@ -50,10 +50,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def set_threads(runtime: RuntimeConfig, device: torch.device, local_world_size: int) -> int:
+def set_threads(runtime: RuntimeConfig, device: torch.device, local_world_size: int) -> None:
     """Share the cores among the ranks of a machine: two ranks of all cores each halve each other's speed."""
     cores = len(os.sched_getaffinity(0))
-    threads = runtime.num_threads or max(1, cores // local_world_size)
     if device.type == "cpu":
-        torch.set_num_threads(threads)
-    return threads
+        torch.set_num_threads(runtime.num_threads or max(1, cores // local_world_size))

@@ -15,7 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.runtime.cpu import adapt_to_cpu
+from megatron_ext.runtime.cpu import adapt_to_cpu, check_version
 from megatron_ext.runtime.device import PRECISIONS, backend_for, bind, choose_device, set_threads
 
 
@@ -37,7 +37,6 @@ class Topology:
     data_parallel_rank: int
     data_parallel_size: int
     groups: ProcessGroupCollection
-    num_threads: int
 
     @property
     def is_main(self) -> bool:
@@ -77,16 +76,19 @@ class Topology:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         check_layout(parallel, world_size)
         device = choose_device(runtime, local_rank)
-        adapt_to_cpu()
-        num_threads = set_threads(runtime, device, local_world_size)
+        check_version()
+        if device.type == "cpu":
+            adapt_to_cpu()
+        set_threads(runtime, device, local_world_size)
         bind(device)
         _join(runtime, device, rank, world_size)
         try:
             parallel_state.initialize_model_parallel(
                 tensor_model_parallel_size=parallel.tensor_model_parallel_size,
                 context_parallel_size=parallel.context_parallel_size,
+                distributed_timeout_minutes=runtime.distributed_timeout_s / 60,
             )
-            yield _describe(runtime, device, num_threads)
+            yield _describe(runtime, device)
             # gloo aborts the process when a peer is gone before its last message was read: leave together.
             dist.barrier()
         finally:
@@ -119,7 +121,7 @@ def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: i
         dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
-def _describe(runtime: RuntimeConfig, device: torch.device, num_threads: int) -> Topology:
+def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Topology(
         device=device,
@@ -133,5 +135,4 @@ def _describe(runtime: RuntimeConfig, device: torch.device, num_threads: int) ->
         data_parallel_rank=groups.dp.rank(),
         data_parallel_size=groups.dp.size(),
         groups=groups,
-        num_threads=num_threads,
     )

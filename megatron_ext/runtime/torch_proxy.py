@@ -38,6 +38,10 @@ class CudaOnCpu(types.ModuleType):
         return getattr(torch.cuda, name)
 
     @staticmethod
+    def is_available() -> bool:
+        return False
+
+    @staticmethod
     def current_device() -> torch.device:
         return torch.device("cpu")
 

@@ -1,11 +1,13 @@
 """Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
 
+import math
 import signal
 import time
 
 import torch
 
 from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+from megatron_ext.config.errors import InputError
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.loader import Data
 from megatron_ext.objectives import Objective
@@ -45,6 +47,8 @@ class Trainer:
         if state.step >= self.train.train_steps:
             self.run.console.print(f"nothing to do: step {state.step} of {self.train.train_steps} is done")
             return state
+        for line in self.data.train.summary(self.train.train_steps * self.train.global_batch_size):
+            self.run.console.print(line, markup=False, soft_wrap=True)
         with StopRequest.on_signals(signal.SIGTERM, signal.SIGINT) as stop:
             self._dry_step(state)
             while state.step < self.train.train_steps:
@@ -59,8 +63,7 @@ class Trainer:
         return state
 
     def _dry_step(self, state: TrainState) -> None:
-        """One microbatch forward and backward at full shape, thrown away: what cannot fit fails before the first
-        step."""
+        """One microbatch forward and backward at full shape, thrown away: too large a batch fails at once."""
         train = self.data.train
         self.optimizer.zero_grad()
         self.runner.run(train.microbatches(state.consumed_samples)[:1], train.dataset_names, step=state.step)
@@ -73,6 +76,13 @@ class Trainer:
         self.optimizer.zero_grad()
         losses = self.runner.run(microbatches, self.data.train.dataset_names, step=state.step)
         result = self.optimizer.step(state.step + 1)
+        if not math.isfinite(result.grad_norm):
+            keys = sorted({key for window in self.data.train.keys(state.consumed_samples) for key in window})
+            raise InputError(
+                f"step {state.step + 1} has gradient norm {result.grad_norm} and loss {losses['loss']}, on documents "
+                f"of {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}: nothing was saved since the last "
+                "checkpoint; lower optim.lr or look at the data"
+            )
         synchronize(self.topology.device)
         seconds = time.perf_counter() - started
         state = state.advance(self.train.global_batch_size, self.train.seq_length)

@@ -41,7 +41,9 @@ class MicrobatchRunner:
 
             def loss_func(output_BT: torch.Tensor) -> tuple:
                 result = self.objective.loss(batch, output_BT, dataset_names)
-                sums.add_(torch.stack([torch.stack(result.metrics[name]).double() for name in names]))
+                sums.add_(
+                    torch.stack([torch.stack([value.double() for value in result.metrics[name]]) for name in names])
+                )
                 return result.loss_sum, result.weight_sum, {}
 
             return loss_BT, loss_func

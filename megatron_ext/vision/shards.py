@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_ext.config import InputError
+
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PARTIAL_MANIFEST = "manifest.partial.json"
@@ -53,8 +55,12 @@ class TokenizedSample:
 class ShardWriter:
     """Writes the shards of one folder, each at once by rename; takes up where an interrupted writer stopped."""
 
-    def __init__(self, folder: str | Path, header: dict[str, Any]) -> None:
-        """`header` holds what shaped the codes and goes into the manifest; another header starts the folder anew."""
+    def __init__(self, folder: str | Path, header: dict[str, Any], *, overwrite: bool = False) -> None:
+        """`header` holds what shaped the codes and goes into the manifest; JSON values.
+
+        Raises:
+            InputError: the folder's header is another one; with `overwrite` the folder is started anew.
+        """
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.complete = False
@@ -63,9 +69,17 @@ class ShardWriter:
         self.manifest = fresh
         for name in (MANIFEST, PARTIAL_MANIFEST):
             found = self._read(name)
-            if found is not None and all(found.get(key) == fresh[key] for key in ("format_version", *header)):
+            if found is None:
+                continue
+            changed = next((key for key in ("format_version", *header) if found.get(key) != fresh[key]), None)
+            if changed is None and self._is_whole(found):
                 self.manifest, self.complete = found, name == MANIFEST
                 return
+            if changed is not None and not overwrite:
+                raise InputError(
+                    f"{self.folder} holds codes made with {changed} {found.get(changed)!r}, this run has "
+                    f"{fresh[changed]!r}: give another output, or overwrite: true to remove them"
+                )
         self._clear()
 
     @property
@@ -112,14 +126,20 @@ class ShardWriter:
         return buffer.getvalue()
 
     def _read(self, name: str) -> dict[str, Any] | None:
-        """A manifest whose shards are all there; anything else counts as absent."""
+        """A manifest; what is no JSON object counts as absent."""
         try:
             manifest = json.loads((self.folder / name).read_text(encoding="utf-8"))
-            shards = [(self.folder / shard["name"], shard["sha256"]) for shard in manifest["shards"]]
-            whole = all(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path, digest in shards)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             return None
-        return manifest if whole else None
+        return manifest if isinstance(manifest, dict) else None
+
+    def _is_whole(self, manifest: dict[str, Any]) -> bool:
+        """Whether all shards are as the manifest says."""
+        try:
+            shards = [(self.folder / shard["name"], shard["sha256"]) for shard in manifest["shards"]]
+            return all(hashlib.sha256(path.read_bytes()).hexdigest() == digest for path, digest in shards)
+        except (OSError, KeyError, TypeError):
+            return False
 
     def _write(self, name: str) -> None:
         text = json.dumps(self.manifest, indent=1, ensure_ascii=False) + "\n"

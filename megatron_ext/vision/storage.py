@@ -24,6 +24,7 @@ def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
     temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     weights = folder / "model.safetensors.tmp"
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors gives its files to their owner alone
     os.replace(weights, folder / "model.safetensors")
     os.replace(temporary, folder / "config.json")
 

@@ -4,7 +4,7 @@ Shapes: T frames, H W pixels, C colour channels.
 """
 
 import hashlib
-from collections import defaultdict
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +16,9 @@ from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, de
 from megatron_ext.vision.movqgan import MoVQGAN
 from megatron_ext.vision.pixels import from_uint8
 from megatron_ext.vision.shards import TokenizedSample
+
+MAX_WAITING_BYTES = 1 << 30
+"""Pixels that may wait for others of their shape; past it the largest batch is encoded as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,22 @@ def tokenize(
 ) -> tuple[list[TokenizedSample], list[dict[str, str]]]:
     """Codes of the samples in their order, and key, source and reason of those that cannot be used.
 
-    Samples wait until `batch_size` of one shape are there; `advance` is told how many are done.
+    Samples wait until `batch_size` of one shape are there, or MAX_WAITING_BYTES in all; `advance` is told how many
+    are done.
     """
     tokenized: dict[str, TokenizedSample] = {}
     skipped = []
-    waiting: defaultdict[tuple[int, ...], list[DecodedSample]] = defaultdict(list)
+    waiting: dict[tuple[int, ...], list[DecodedSample]] = {}
     order = []
+
+    def encode(shape: tuple[int, ...]) -> None:
+        batch = waiting.pop(shape)
+        tokenized.update(_encode(batch, model))
+        advance(len(batch))
+
+    def waiting_bytes(shape: tuple[int, ...]) -> int:
+        return len(waiting[shape]) * math.prod(shape)
+
     for sample in samples:
         order.append(sample.key)
         try:
@@ -106,14 +119,14 @@ def tokenize(
             skipped.append({"key": sample.key, "source": sample.source, "reason": str(error)})
             advance(1)
             continue
-        batch = waiting[decoded.frames.shape]
-        batch.append(decoded)
-        if len(batch) == batch_size:
-            tokenized |= _encode(waiting.pop(decoded.frames.shape), model)
-            advance(batch_size)
-    for batch in waiting.values():
-        tokenized |= _encode(batch, model)
-        advance(len(batch))
+        shape = decoded.frames.shape
+        waiting.setdefault(shape, []).append(decoded)
+        if len(waiting[shape]) == batch_size:
+            encode(shape)
+        elif sum(map(waiting_bytes, waiting)) > MAX_WAITING_BYTES:
+            encode(max(waiting, key=waiting_bytes))
+    for shape in list(waiting):
+        encode(shape)
     return [tokenized[key] for key in order if key in tokenized], skipped
 
 

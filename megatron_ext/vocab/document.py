@@ -7,8 +7,9 @@
 
 A picture is a clip of one frame whose meta is Emu3's `H*W`: height and width of the grid of visual ids, in text ids
 (Emu3 section 2.4; baaivision/Emu3 @ f6ea9aa, emu3/mllm/processing_emu3.py:166-174). Emu3's meta for clips is
-unpublished ("resolution, frame rate and duration"); ours is `T*H*W*R*D`: frames of visual ids, height, width, frames
-per 1000 seconds of the source clip, and its duration in milliseconds. A number is 1..999999999, without leading zeros.
+unpublished ("resolution, frame rate and duration"); ours is `T*H*W*R*D`: frames of visual ids, height, width, pictures
+per 1000 seconds as they were sampled from the source for encoding, and the milliseconds that these cover. A number is
+1..999999999, without leading zeros.
 Emu3.5 joins rows by EOL, has no EOF, and no clips (baaivision/Emu3.5 @ 8fcf1da, src/utils/input_utils.py:21-40).
 
 Text segments hold ids, not strings: captions, prose and prompts are encoded by the vocabulary's text tokenizer.
@@ -64,7 +65,7 @@ class BlockFormat:
 
 
 class Grid(NamedTuple):
-    """What a meta says: the shape of a block's visual ids; for a clip also the timing of its source."""
+    """What a meta says: the shape of a block's visual ids; for a clip also the timing of what was encoded."""
 
     frames: int
     height: int
@@ -162,7 +163,8 @@ class Image(_Segment):
 
 @dataclass(frozen=True, eq=False)
 class Video(_Segment):
-    """A clip's codebook indices [T, H, W], the source's frames per 1000 seconds and duration in milliseconds."""
+    """A clip's codebook indices [T, H, W], and of the frames that were encoded: how many per 1000 seconds, and the
+    milliseconds they cover."""
 
     codes_THW: np.ndarray
     frame_rate_mhz: int

@@ -17,6 +17,12 @@ def product_files() -> tuple[Path, ...]:
 
 
 @functools.cache
+def files_of_tests() -> tuple[Path, ...]:
+    """Every Python file of the tests."""
+    return tuple(sorted((ROOT / "tests").rglob("*.py")))
+
+
+@functools.cache
 def syntax(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 

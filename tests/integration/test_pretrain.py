@@ -124,14 +124,63 @@ def test_a_signal_saves_and_stops(workplace, straight):
     assert events[2]["reason"] == "SIGTERM"
 
 
+def test_torchrun_told_to_stop_saves_the_last_step(workplace):
+    """SIGTERM to the agent goes to every process of the ranks, helpers of earlier saves included."""
+    arguments = ("--checkpoint.save_interval", "1", "--train.train_steps", "5000", "--train.eval_interval", "0")
+    process = subprocess.Popen(
+        command(workplace, "preempted", *arguments, *CP2, ranks=2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    latest = workplace / "preempted" / "checkpoints" / "latest"
+    deadline = time.monotonic() + 150
+    while not latest.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    last = metrics(workplace, "preempted")[-1]["step"]
+    assert latest.read_text().strip() == f"step_{last:08d}"
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(workplace):
+    arguments = ("--optim.lr", "1e30", "--optim.lr_warmup_steps", "0", "--checkpoint.save_interval", "1")
+    result = pretrain(workplace, "diverged", *arguments)
+    assert result.returncode == 2, result.stderr
+    assert "has gradient norm nan" in result.stderr and "key/" in result.stderr
+    saved = int((workplace / "diverged" / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert saved == metrics(workplace, "diverged")[-1]["step"]
+
+
 def test_init_from_takes_weights_only(workplace, straight):
     source = workplace / "straight" / "checkpoints"
     assert (
         pretrain(workplace, "tuned", "--checkpoint.init_from", str(source), "--train.train_steps", "3").returncode == 0
     )
     line = metrics(workplace, "tuned")[0]
-    assert line["step"] == 1 and line["learning_rate"] < 1e-3
+    assert line["step"] == 1 and line["learning_rate"] == pytest.approx(5e-4)  # the warm-up begins anew
     assert line["loss"] < straight[0]["loss"] - 0.02
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--train.seed", "7"), "was trained with data"),
+        (("--data.document_alignment", "8"), "was trained with data"),
+        (("--vocab.codebook_size", "51"), "vocabulary"),
+        (("--model.hidden_size", "64"), "was trained with model num_layers 2, hidden_size 32"),
+    ],
+)
+def test_a_run_is_resumed_only_as_what_it_was(workplace, straight, arguments, named):
+    result = pretrain(workplace, "straight", *arguments, "--train.train_steps", str(STEPS + 1))
+    assert result.returncode == 2, result.stderr
+    assert named in result.stderr.splitlines()[-1]
+    assert metrics(workplace, "straight") == straight
+
+
+def test_documents_that_do_not_fit_are_named(workplace):
+    arguments = ("--train.seq_length", "8", "--train.train_steps", "3", "--train.eval_interval", "0")
+    result = pretrain(workplace, "small", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "documents skipped, a picture or frame exceeds a window: key/" in result.stdout
 
 
 @pytest.mark.parametrize(

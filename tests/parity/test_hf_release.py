@@ -8,6 +8,7 @@ import torch
 from PIL import Image as Picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from megatron_ext.config import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.generate import drawing_prompt
@@ -103,9 +104,18 @@ def test_tokenizer(released: str, request: pytest.FixtureRequest) -> None:
     assert len(tokenizer) == layout.size
 
 
+def test_a_model_from_elsewhere_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "emu3"}')
+    with pytest.raises(InputError, match=f"{tmp_path} holds a model that was not exported from here: give another"):
+        export(tmp_path, small_vocabulary(), VISION)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
 def test_without_a_processor_the_folder_says_why(tmp_path: Path) -> None:
     vision = VisionTokenizerConfig(codebook_size=48, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(2,))
-    export(tmp_path, small_vocabulary(), vision)
+    export(tmp_path, small_vocabulary(), VISION)
+    assert len(list(tmp_path.glob("*processor*"))) == 2
+    export(tmp_path, small_vocabulary(), vision)  # over the other one, whose processor must not stay
     readme = (tmp_path / "README.md").read_text()
     assert "There is no processor" in readme and "has 4" in readme
     assert not list(tmp_path.glob("*processor*"))

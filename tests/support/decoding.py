@@ -44,9 +44,11 @@ def random_window(seed: int, alignment: int = 8) -> Window:
     return Window(ids=ids, labels=np.roll(ids, -1), mask=mask, boundaries=np.array(bounds))
 
 
-def global_batch(step: int, size: int, scope: str = "document") -> list[Batch]:
-    """`size` microbatches of one window each; windows come from two datasets."""
-    return [collate([random_window(100 * step + index)], [index % 2], scope) for index in range(size)]
+def global_batch(step: int, micro_batch_size: int, scope: str) -> list[Batch]:
+    """GLOBAL_BATCH windows in microbatches of `micro_batch_size`; windows come from two datasets."""
+    windows = [(random_window(100 * step + index), index % 2) for index in range(GLOBAL_BATCH)]
+    groups = [windows[first : first + micro_batch_size] for first in range(0, GLOBAL_BATCH, micro_batch_size)]
+    return [collate(*zip(*group, strict=True), scope) for group in groups]
 
 
 def train_losses(
@@ -57,6 +59,7 @@ def train_losses(
     model: dict[str, Any] | None = None,
     precision: str = "fp32",
     device: str = "cpu",
+    micro_batch_size: int = 1,
     folder: str | None = None,
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
     """Train to step `steps`; returns losses and gradient norm of each step, and the full weights at the end.
@@ -78,7 +81,9 @@ def train_losses(
         state = checkpoint.load_latest() if checkpoint else None
         history = []
         for step in range(state["step"] if state else 0, steps):
-            mine = global_batch(step, GLOBAL_BATCH, scope)[topology.data_parallel_rank :: topology.data_parallel_size]
+            mine = global_batch(step, micro_batch_size, scope)[
+                topology.data_parallel_rank :: topology.data_parallel_size
+            ]
             mine = [slice_for_context(b, topology.context_parallel_rank, topology.context_parallel_size) for b in mine]
             optimizer.zero_grad()
             losses = runner.run(mine, ("a", "b"), step=step)
@@ -102,7 +107,7 @@ def _checkpoint(folder: str, optimizer: Any, topology: Any) -> Any:
     from megatron_ext.checkpoint.decoder import DecoderCheckpoint
 
     vocab = make_vocabulary(train_text_tokenizer())
-    return DecoderCheckpoint(CheckpointConfig(), Path(folder), optimizer, topology, vocab, "{}\n")
+    return DecoderCheckpoint(CheckpointConfig(), Path(folder), optimizer, topology, vocab, {}, "{}\n")
 
 
 def full_weights(decoder: torch.nn.Module, topology: Any) -> dict[str, torch.Tensor]:

@@ -20,6 +20,7 @@ from typing import Literal
 import sentencepiece
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.media import MediaError, json_captions
 from megatron_ext.vocab import SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
 
@@ -167,20 +168,16 @@ def _report(config: TextTokenizerTrainConfig, corpus: Corpus, tokenizer: Sentenc
 
 
 def _text(path: Path) -> str:
-    """A file's text; of JSON the captions: every string whose key is `caption` or begins with `caption_`."""
+    """A file's text; of JSON the captions."""
     try:
-        content = path.read_text(encoding="utf-8")
-        if path.suffix != ".json":
-            return content
-        fields = json.loads(content).items()
+        content = path.read_bytes()
+        return "\n".join(json_captions(content)) if path.suffix == ".json" else content.decode("utf-8")
     except OSError as error:
         raise InputError(f"input: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"input: {path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
-    except (json.JSONDecodeError, AttributeError):
-        raise InputError(f"input: {path} is not a JSON object with captions: leave it out") from None
-    captions = (value for key, value in fields if key == "caption" or key.startswith("caption_"))
-    return "\n".join(caption for caption in captions if isinstance(caption, str))
+    except MediaError as error:
+        raise InputError(f"input: {path}: {error}; correct it or leave it out") from None
 
 
 def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Exception:

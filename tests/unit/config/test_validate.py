@@ -26,7 +26,8 @@ BROKEN = [
     ),
     ({"parallel.context_parallel_size": 2, "data.document_alignment": 2}, 2, "data.document_alignment 2"),
     ({"data.document_alignment": 24}, 1, "data.document_alignment 24"),
-    ({"train.seq_length": 2**24, "objective.vision_loss_weight": 0.3}, 1, "objective.vision_loss_weight 0.3"),
+    ({"train.seq_length": 2**26, "objective.vision_loss_weight": 0.35}, 1, "objective.vision_loss_weight 0.35"),
+    ({"train.seq_length": 2**24, "objective.vision_loss_weight": 100.0}, 1, "2^31"),
     ({"train.seq_length": 2**28}, 1, "2^31"),
     ({"data.train": ()}, 1, "data.train is empty"),
     ({"train.eval_interval": 5}, 1, "data.valid"),
@@ -54,6 +55,10 @@ def test_every_rule_is_broken_by_one_row_of_the_table():
     rows = [(change(GOOD, changes), world_size) for changes, world_size, _ in BROKEN]
     first_broken = {next(rule for rule in RULES if rule.broken(config, size)) for config, size in rows}
     assert first_broken == set(RULES)
+
+
+def test_a_count_that_just_fits():
+    validate(change(GOOD, {"train.seq_length": 2**26, "objective.vision_loss_weight": 0.5}), 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

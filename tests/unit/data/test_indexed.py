@@ -1,6 +1,7 @@
 """Datasets on disk: megatron-core reads them, the sidecar comes back, nothing half-written is taken for whole."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -87,6 +88,26 @@ def test_a_damaged_sidecar_is_refused(tmp_path, vocabulary):
     (tmp_path / "set.spans.npz").write_bytes(b"PK\3\4 half an archive")
     with pytest.raises(InputError, match="set.spans.npz is damaged .* remove it"):
         DocumentDataset(prefix, vocabulary).sidecar.key(0)
+
+
+def test_the_sidecar_of_other_documents_is_refused(tmp_path, vocabulary):
+    prefix = random_dataset(tmp_path / "set", vocabulary)
+    random_dataset(tmp_path / "other", vocabulary, seed=1)
+    os.replace(tmp_path / "other.spans.npz", tmp_path / "set.spans.npz")
+    with pytest.raises(InputError, match="set.spans.npz does not describe these documents: remove it"):
+        DocumentDataset(prefix, vocabulary).sidecar.key(0)
+
+
+def test_a_sidecar_is_not_rebuilt_from_other_documents(tmp_path, vocabulary):
+    rng = np.random.default_rng(0)
+    segments = [text_of(vocabulary, 5, rng), picture(rng)]
+    prefix = write_dataset(tmp_path / "set", vocabulary, [segments])
+    write_dataset(tmp_path / "other", vocabulary, [segments[::-1]])
+    os.replace(tmp_path / "other.bin", tmp_path / "set.bin")
+    (tmp_path / "set.spans.npz").unlink()
+    with pytest.raises(InputError, match="set.bin holds other documents than its manifest says"):
+        DocumentDataset(prefix, vocabulary).sidecar.key(0)
+    assert not (tmp_path / "set.spans.npz").exists()
 
 
 def test_unfinished_work_leaves_nothing(tmp_path, vocabulary):

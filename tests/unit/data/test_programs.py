@@ -159,6 +159,15 @@ def test_bad_text_is_refused_by_line(inputs):
         preprocess_data.main(arguments(inputs, text=[str(inputs / "prose.txt")]))
 
 
+def test_text_that_is_not_unicode_is_refused_by_key(inputs):
+    (inputs / "web.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(InputError, match="web.jsonl#2: text has a lone surrogate"):
+        preprocess_data.main(arguments(inputs))
+    write_tokenized_folder(inputs / "other", {"photo": (np.ones((1, 1), int), ["fine", "half \ud83d"])})
+    with pytest.raises(InputError, match="photo: text has a lone surrogate"):
+        preprocess_data.main(arguments(inputs, vision=[str(inputs / "other")]))
+
+
 def test_a_stale_held_out_set_is_refused(inputs):
     preprocess_data.main(arguments(inputs, valid_fraction=0.3))
     with pytest.raises(InputError, match="left from a run with another valid_fraction"):
@@ -193,3 +202,22 @@ def test_inspect_finds_damage(inputs, capsys):
     printed = capsys.readouterr().out
     assert ".bin        NOT what the manifest says" in printed
     assert "document 1 (photo0) at position 0" in printed
+
+
+def test_inspect_finds_valid_documents_that_were_not_written(inputs):
+    preprocess_data.main(arguments(inputs))
+    prefix = inputs / "out/set_train"
+    layout = DocumentDataset.open(prefix).vocabulary.layout
+    content = np.memmap(f"{prefix}.bin", dtype=np.int32, mode="r+")
+    first = int(layout.is_visual(content).argmax())
+    content[first] = layout.visual_start + (content[first] - layout.visual_start + 1) % CODEBOOK_SIZE
+    content.flush()
+    with pytest.raises(InputError, match="set_train.bin is not what its manifest says"):
+        inspect_data.main(["--prefix", str(prefix), "--validate", "true"])
+
+
+def test_inspect_takes_a_rebuilt_sidecar(inputs, capsys):
+    preprocess_data.main(arguments(inputs))
+    (inputs / "out/set_train.spans.npz").unlink()
+    inspect_data.main(["--prefix", str(inputs / "out/set_train"), "--validate", "true"])
+    assert ".spans.npz  NOT what the manifest says" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """The tables: every name in exactly one rule, both directions inverse, shards join to the whole."""
 
+import re
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,15 @@ def test_configurations_come_back() -> None:
     full = VisionTokenizerConfig()
     for theirs in (Emu3VQVAEConfig(**vq_config(full)), Emu3VQVAEConfig()):
         assert vision_config(theirs.to_dict()) == full
+
+
+@pytest.mark.parametrize("field", [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"hidden_act": "gelu"}])
+def test_what_emu3_lacks_is_refused(field: dict) -> None:
+    config = Emu3TextConfig(**text_config(shape_of(), LAYOUT, 64)).to_dict() | {"rope_scaling": None}
+    assert shape_from_text_config(config) == shape_of()
+    ((name, value),) = field.items()
+    with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}")):
+        shape_from_text_config(config | field)
 
 
 def test_what_transformers_lacks_is_refused() -> None:

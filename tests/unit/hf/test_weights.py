@@ -26,6 +26,7 @@ def test_what_is_written_is_read(tmp_path: Path, shard_bytes: int, files: int) -
 
 def test_an_earlier_export_leaves_nothing(tmp_path: Path) -> None:
     write_weights(tmp_path, TENSORS.items(), shard_bytes=100)
+    (tmp_path / "part-00007.tmp").write_bytes(b"of an interrupted export")
     write_weights(tmp_path, TENSORS.items())
     assert [path.name for path in tmp_path.iterdir()] == [SINGLE]
 

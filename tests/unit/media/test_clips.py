@@ -1,10 +1,12 @@
 """Decoding of clips: which frames, at which rate, and what is refused."""
 
 import io
+from fractions import Fraction
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from megatron_ext.media import MediaError, decode_clip
 
@@ -53,6 +55,23 @@ def test_frames_are_limited_and_resized_as_they_come():
 def test_damage_is_a_media_error(data):
     with pytest.raises(MediaError):
         frame_numbers(data)
+
+
+def test_pictures_of_two_sizes_are_refused():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
+        for index, size in enumerate([(48, 32)] * 4 + [(64, 32)] * 4):
+            picture = io.BytesIO()
+            Image.new("RGB", size).save(picture, "jpeg")
+            packet = av.Packet(picture.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = stream, index, index, True
+            packet.time_base = Fraction(1, 10)
+            container.mux(packet)
+    with pytest.raises(MediaError, match="picture size changes"):
+        frame_numbers(buffer.getvalue())
+    assert frame_numbers(buffer.getvalue(), max_frames=4)[1].frames_THWC.shape == (4, 32, 48, 3)
 
 
 def test_too_few_frames_are_refused():

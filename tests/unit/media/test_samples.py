@@ -54,7 +54,7 @@ def test_tar_is_readable_by_webdataset_under_the_same_keys(shard):
     assert set(keys) >= {sample.key for sample in list_samples([shard])}
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe", b'{"caption": "half \\ud83d"}'])
 def test_bad_captions_are_a_media_error(folder, content):
     (folder / "00000/b.json").write_bytes(content)
     sample = next(s for s in list_samples([folder]) if s.key == "00000/b")

@@ -16,7 +16,14 @@ def test_first_signal_requests_a_stop():
         assert stop.signal_name == "SIGINT"
 
 
-def test_second_signal_acts_as_before():
+def test_second_sigterm_changes_nothing():
+    with StopRequest.on_signals(signal.SIGTERM) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal_name == "SIGTERM"
+
+
+def test_second_interrupt_acts_as_before():
     with StopRequest.on_signals(signal.SIGINT) as stop, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested

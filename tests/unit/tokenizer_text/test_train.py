@@ -30,7 +30,7 @@ def corpus(tmp_path: Path) -> Path:
     (folder / "b.txt").write_text("\n".join(LINES))
     (folder / "a.txt").write_text("another cat\r\nsat\n")
     (folder / "c.json").write_text(
-        json.dumps({"key": "000", "caption": "two cats", "caption_zh": "两只猫", "caption_length": 8, "width": 64})
+        json.dumps({"caption": "two cats", "caption_zh": "两只猫", "captions": ["cats"], "caption_length": 8})
     )
     return folder
 
@@ -45,7 +45,7 @@ def _arguments(corpus: Path, output: str | Path, **options: object) -> list[str]
 def test_corpus(corpus: Path) -> None:
     found = read_corpus((f"{corpus}/*.txt", f"{corpus}/**/*", f"{corpus}/*.json"))
     assert [path.name for path in found.files] == ["a.txt", "b.txt", "c.json"]
-    assert found.lines == ("another cat", "sat", *filter(None, LINES), "two cats", "两只猫")
+    assert found.lines == ("another cat", "sat", *filter(None, LINES), "two cats", "两只猫", "cats")
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -53,11 +53,11 @@ def test_model_and_report(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFi
     output = tmp_path / "made" / "text.model"
     main(_arguments(corpus, output, model_type=model_type))
     report = json.loads(output.with_suffix(".json").read_text())
-    assert report["pieces"] == 310 and report["files"] == 3 and report["lines"] == 8
+    assert report["pieces"] == 310 and report["files"] == 3 and report["lines"] == 9
     assert report["identity"] == "sentencepiece:" + hashlib.sha256(output.read_bytes()).hexdigest()
     assert sorted(path.name for path in output.parent.iterdir()) == ["text.json", "text.model"]
     printed = capsys.readouterr().out
-    assert "read 3 files: 8 lines" in printed and f"wrote {output}: 310 pieces" in printed
+    assert "read 3 files: 9 lines" in printed and f"wrote {output}: 310 pieces" in printed
 
     vocabulary = Vocabulary.load(VocabConfig(layout="custom", text_tokenizer=str(output), codebook_size=16))
     for text in [*LINES, "<s> </s> <unk> <0x41>\n\n\t 龘 \U0001f600 \u2581 \uff21 0123456789*"]:
@@ -126,8 +126,9 @@ def test_the_size_an_error_names_works(corpus: Path) -> None:
         ("none.txt", None, "matches no file"),
         ("empty.txt", b"\n \n", "hold no text"),
         ("latin.txt", b"caf\xe9", r"latin.txt is not UTF-8 text \(byte 3\)"),
-        ("list.json", b"[1]", "list.json is not a JSON object"),
-        ("broken.json", b"{", "broken.json is not a JSON object"),
+        ("list.json", b"[1]", "list.json: its captions are unreadable: not a JSON object; correct it or leave it out"),
+        ("broken.json", b"{", "broken.json: its captions are unreadable: Expecting"),
+        ("half.json", b'{"caption": "\\ud83d"}', "half.json: its captions are unreadable: .* surrogates"),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:

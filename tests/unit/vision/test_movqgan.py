@@ -103,6 +103,7 @@ def test_save_and_load_is_exact(tmp_path):
     assert loaded.config == model.config and loaded.identity == model.identity
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in tmp_path.iterdir()), "others may read it"
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-3
     assert loaded.identity != model.identity

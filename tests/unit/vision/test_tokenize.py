@@ -10,8 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
+from megatron_ext import vocab
 from megatron_ext.config import InputError
-from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, from_uint8, load_vision_tokenizer, save_vision_tokenizer
+from megatron_ext.data.sources import MediaSample, TokenizedFolder
+from megatron_ext.vision import (
+    MoVQGAN,
+    VisionTokenizerConfig,
+    from_uint8,
+    load_vision_tokenizer,
+    save_vision_tokenizer,
+    tokenize,
+)
+from megatron_ext.vision.shards import ShardWriter, TokenizedSample
 from tools import tokenize_vision
 
 TINY = VisionTokenizerConfig(codebook_size=64, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(2,))
@@ -110,16 +120,67 @@ def test_tars_give_the_codes_of_folders(arguments, media, tmp_path):
     assert all(np.array_equal(folder[key][0], shard[key][0]) for key in folder)
 
 
-def test_unchanged_work_is_reused_and_changed_work_is_not(arguments, media, tmp_path, capsys):
+def test_waiting_pixels_are_bounded(arguments, tmp_path, monkeypatch):
+    arguments = [*arguments, "--batch_size=8"]
+    tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
+    # a and c (3,072 bytes each) and b (4,608) wait; e (4,800) is too much: a and c are the most. v alone is too much.
+    monkeypatch.setattr(tokenize, "MAX_WAITING_BYTES", 12_000)
+    encode, batches = tokenize._encode, []
+
+    def recorded(batch, model):
+        batches.append([decoded.sample.key for decoded in batch])
+        return encode(batch, model)
+
+    monkeypatch.setattr(tokenize, "_encode", recorded)
+    tokenize_vision.main(arguments)
+    assert batches == [["a", "c"], ["v"], ["b"], ["e"]]
+    for name in ("codes-00000.tar", "manifest.json"):
+        assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_caption_that_is_not_unicode_is_skipped_by_name(arguments, media, tmp_path):
+    (media / "a.json").write_text('{"caption_zh": "half \\ud83d"}')
+    tokenize_vision.main(arguments)
+    skipped = json.loads((tmp_path / "codes/manifest.json").read_text())["skipped"]
+    assert [item["key"] for item in skipped] == ["a", "d"] and "surrogates not allowed" in skipped[0]["reason"]
+
+
+def test_preprocessing_reads_what_is_written(tmp_path):
+    rng = np.random.default_rng(0)
+    picture, clip = rng.integers(0, 70_000, (2, 3)), rng.integers(0, 70_000, (4, 2, 3))
+    writer = ShardWriter(tmp_path, {"vision_tokenizer": "0123", "codebook_size": 70_000})
+    facts = {"source": "x", "source_sha256": "0" * 64}
+    writer.write(
+        [
+            TokenizedSample(key="sub/b", kind="image", codes=picture, captions=("A bee.", "一只蜜蜂。"), **facts),
+            TokenizedSample(
+                key="v", kind="video", codes=clip, captions=(), frame_rate_mhz=4000, duration_ms=3750, **facts
+            ),
+        ],
+        [],
+        2,
+    )
+    writer.finish()
+    assert list(TokenizedFolder.open(tmp_path).samples()) == [
+        MediaSample("sub/b", vocab.Image(picture), ("A bee.", "一只蜜蜂。")),
+        MediaSample("v", vocab.Video(clip, 4000, 3750), ()),
+    ]
+
+
+def test_unchanged_work_is_reused_and_changed_work_is_refused(arguments, media, tmp_path, capsys):
     tokenize_vision.main(arguments)
     manifest = tmp_path / "codes/manifest.json"
     before = manifest.stat().st_mtime_ns
     tokenize_vision.main(arguments)
     assert "reused" in capsys.readouterr().out and manifest.stat().st_mtime_ns == before
-    tokenize_vision.main([*arguments, "--resize.rule=square", "--resize.size=16"])
+    square = [*arguments, "--resize.rule=square", "--resize.size=16"]
+    with pytest.raises(InputError, match="made with resize {.*}, this run has {.*'square'.*}: .* overwrite: true"):
+        tokenize_vision.main(square)
+    assert contents(tmp_path / "codes")["a"][0].shape == (8, 8)
+    tokenize_vision.main([*square, "--overwrite=true"])
     assert contents(tmp_path / "codes")["a"][0].shape == (4, 4)
     (media / "e.png").unlink()
-    tokenize_vision.main(arguments)
+    tokenize_vision.main([*arguments, "--overwrite=true"])
     assert list(contents(tmp_path / "codes")) == ["a", "b", "c", "v"]
     (tmp_path / "codes/codes-00000.tar").write_bytes(b"damaged")
     tokenize_vision.main(arguments)

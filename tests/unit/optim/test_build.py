@@ -1,0 +1,54 @@
+"""The optimizer is torch's AdamW with a global clip, and norms do not decay: an oracle in plain torch."""
+
+import pytest
+import torch
+
+from megatron_ext.config import InputError
+from megatron_ext.config.objective import ObjectiveConfig
+from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.model import build_model
+from megatron_ext.objectives import build_objective
+from megatron_ext.optim import build_optimizer
+from megatron_ext.runtime import Topology
+from megatron_ext.train.step import MicrobatchRunner
+from tests.support.decoding import LAYOUT, MODEL, global_batch
+
+OPTIM = OptimConfig(lr=1e-2, lr_decay_style="constant", weight_decay=0.3, clip_grad=0.2, adam_eps=1e-6)
+
+
+@pytest.fixture
+def topology():
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        yield topology
+
+
+def test_steps_equal_plain_adamw(topology):
+    model = build_model(MODEL, ParallelConfig(), LAYOUT, topology, seed=1)
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    matrices = [weights[name] for name in weights if weights[name].dim() > 1]
+    norms = [weights[name] for name in weights if weights[name].dim() == 1]
+    reference = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": OPTIM.weight_decay}, {"params": norms, "weight_decay": 0.0}],
+        lr=OPTIM.lr, betas=(OPTIM.adam_beta1, OPTIM.adam_beta2), eps=OPTIM.adam_eps,
+    )  # fmt: skip
+    optimizer = build_optimizer(OPTIM, ParallelConfig(), model, topology, steps=3)
+    runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=1)
+    for step in range(3):
+        optimizer.zero_grad()
+        runner.run(global_batch(step, 1, "document"), ("a", "b"), step=step)
+        for name, parameter in model.named_parameters():
+            weights[name].grad = parameter.main_grad.clone()
+        norm = torch.nn.utils.clip_grad_norm_(list(weights.values()), OPTIM.clip_grad)
+        assert norm > OPTIM.clip_grad, "the test must clip"
+        reference.step()
+        assert optimizer.step(step + 1).grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (parameter - weights[name]).abs().max() < 1e-6, name  # measured 2e-8
+
+
+def test_a_schedule_that_cannot_be_is_refused(topology):
+    model = build_model(MODEL, ParallelConfig(), LAYOUT, topology, seed=1)
+    with pytest.raises(InputError, match=r"lr_warmup_steps 5 is not below the 5 steps"):
+        build_optimizer(OptimConfig(lr_warmup_steps=5), ParallelConfig(), model, topology, steps=5)
