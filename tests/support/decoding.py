@@ -1,6 +1,5 @@
 """A tiny decoder on random packed documents: the subject of the layout tests."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.data.batch import Batch, Window, collate, slice_for_context
 from megatron_ext.vocab import VocabLayout
+from tests.support.distributed import use_next_store
 from tests.unit.data.samples import make_vocabulary, train_text_tokenizer
 
 SEQ_LENGTH = 32
@@ -99,7 +99,7 @@ def walk(cases: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[l
     results = []
     for parallel, options in cases:
         results.append(train_losses(parallel, **options))
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)  # the old store may still be closing
+        use_next_store()
     return results
 
 

@@ -2,14 +2,16 @@
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
+from torch.distributed import TCPStore
 
 TIMEOUT_S = 240
+NUM_STORES = 32
+_ports: list[int] = []
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -20,9 +22,11 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     """
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    port = _free_port()
+    # As torchrun does: the parent holds the stores, so no rank has to win a port that was free a moment ago.
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(NUM_STORES)]
+    ports = [store.port for store in stores]
     processes = [
-        context.Process(target=_run_rank, args=(function, args, rank, world_size, port, queue))
+        context.Process(target=_run_rank, args=(function, args, rank, world_size, ports, queue))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -45,17 +49,18 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     return [results[rank] for rank in range(world_size)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def use_next_store() -> None:
+    """On a rank, before it joins a process group again: keys of the last one must not meet those of the next."""
+    os.environ["MASTER_PORT"] = str(_ports.pop(0))
 
 
-def _run_rank(function: Callable, args: tuple, rank: int, world_size: int, port: int, queue: Any) -> None:
+def _run_rank(function: Callable, args: tuple, rank: int, world_size: int, ports: list[int], queue: Any) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1",
+        MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1",
     )  # fmt: skip
+    _ports.extend(ports)
+    use_next_store()
     try:
         # Pickled here: the queue would pass tensors as handles into this process, which is about to end.
         queue.put((rank, pickle.dumps(function(*args)), None))
