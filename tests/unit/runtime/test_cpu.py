@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +32,13 @@ def test_applying_twice_changes_nothing():
     before = [vars(owner)[name] for row in cpu.TABLE[1:] for owner, name in cpu._owners(row.symbol)]
     cpu.adapt_to_cpu()
     assert [vars(owner)[name] for row in cpu.TABLE[1:] for owner, name in cpu._owners(row.symbol)] == before
+
+
+@pytest.mark.parametrize("row", cpu.TABLE, ids=lambda row: row.symbol)
+def test_every_row_names_supported_versions_a_symbol_and_a_test(row):
+    assert set(row.upstream) <= set(cpu.SUPPORTED)
+    assert row.symbol == "*.torch" or all(name in vars(owner) for owner, name in cpu._owners(row.symbol))
+    assert Path(row.test).is_file()
 
 
 def test_another_version_is_refused(monkeypatch):
