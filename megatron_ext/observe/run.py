@@ -17,13 +17,15 @@ from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
 class Run:
     """Writes what a run tells. Every rank holds one; only the main rank's writes and prints, so no caller asks."""
 
-    def __init__(self, observe: ObserveConfig, *, is_main: bool, total_steps: int | None = None) -> None:
+    def __init__(
+        self, observe: ObserveConfig, *, is_main: bool, config_yaml: str, total_steps: int | None = None
+    ) -> None:
         """Use `Run.open`."""
         self.folder = Path(observe.run_dir)
         self.console = Console(quiet=not is_main, highlight=False)
         self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
         self._events: JsonLines | None = None
-        self._config_yaml = ""
+        self._config_yaml = config_yaml
         if is_main:
             self._writers = [
                 JsonLines(self.folder / "metrics.jsonl"),
@@ -45,8 +47,7 @@ class Run:
         """
         if is_main:
             Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
-        run = cls(observe, is_main=is_main, total_steps=total_steps)
-        run._config_yaml = config_yaml
+        run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
         run.log_event("start", config=yaml.safe_load(config_yaml))
         try:
             yield run
