@@ -84,7 +84,7 @@ STAGES = (
         command=(PYTHON, "-m", "tokenizer_train.vision.train", "--config", "examples/movqgan_tiny_cpu.yaml"),
         inputs=(MEDIA,),
         outputs=(f"{ROOT}/vision_tokenizer",),
-        expected_s=210,
+        expected_s=205,
     ),
     Stage(
         name="codes",
@@ -119,16 +119,16 @@ STAGES = (
         command=(
             *DECODER,
             *("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"),
-            *("--train.exit_interval", "370"),
+            *("--train.exit_interval", "450"),
         ),
         outputs=(f"{ROOT}/decoder",),
-        expected_s=165,
+        expected_s=195,
     ),
     Stage(
         name="decoder_context_parallel",
         says="resume the same run with context parallel: the loss goes on where it stopped",
         command=(*DECODER, "--parallel.context_parallel_size", "2"),
-        expected_s=165,
+        expected_s=195,
     ),
     Stage(
         name="export",
