@@ -57,8 +57,14 @@ def test_every_rule_is_broken_by_one_row_of_the_table():
     assert first_broken == set(RULES)
 
 
-def test_a_count_that_just_fits():
-    validate(change(GOOD, {"train.seq_length": 2**26, "objective.vision_loss_weight": 0.5}), 1)
+def test_the_largest_count_is_exact():
+    """At weight 1/4 a label weighs at most 4: 4 windows x S x 4 reaches 2^31 at S = 2^27."""
+    below, at = (
+        change(GOOD, {"train.seq_length": s, "objective.vision_loss_weight": 0.25}) for s in (2**27 - 1, 2**27)
+    )
+    assert validate(below, 1) is None
+    with pytest.raises(InputError, match=r"2\^31"):
+        validate(at, 1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
