@@ -69,6 +69,7 @@ class DecoderCheckpoint:
             is_main=topology.is_main, barrier=topology.barrier, broadcast=topology.broadcast,
         )  # fmt: skip
         self.model: Emu3Model = optimizer.model.module
+        self.optimizer = optimizer
         self.inner = optimizer.inner
         self.topology = topology
         self.vocab = vocab
@@ -86,6 +87,7 @@ class DecoderCheckpoint:
         already."""
         if step == self.saved_step:
             return None
+        self.optimizer.gather_weights()
 
         def write(folder: Path) -> None:
             sharded = self._sharded_state(is_loading=False)

@@ -17,6 +17,18 @@ from megatron_ext.config.errors import InputError
 
 Config = TypeVar("Config")
 
+REFUSED = {
+    "pipeline_model_parallel_size": "the layout is tensor x context x data parallel, as in the paper",
+    "virtual_pipeline_model_parallel_size": "the layout is tensor x context x data parallel, as in the paper",
+    "expert_model_parallel_size": "Emu3 is dense: there are no experts",
+    "num_moe_experts": "Emu3 is dense: there are no experts",
+    "mtp_num_layers": "Emu3 predicts one next token",
+    "tie_word_embeddings": "Emu3's embedding and head are two matrices",
+    "share_embeddings_and_output_weights": "Emu3's embedding and head are two matrices",
+    "untie_embeddings_and_output_weights": "Emu3's embedding and head always are two matrices",
+}
+"""Keys that other stacks have and this one has not, for a reason."""
+
 jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
@@ -77,6 +89,8 @@ def _explain(message: str, config_type: type) -> str:
     if not unknown:
         return message
     key = unknown["argument"] or unknown["option"] or f"{unknown['group']}.{unknown['field']}"
+    if reason := REFUSED.get(key.rsplit(".", 1)[-1]):
+        return f"configuration key {key!r} is not supported: {reason}; remove it"
     # A key inside a list item is reported without its path: compare the last part too.
     known = known_keys(config_type)
     by_tail = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}

@@ -16,3 +16,15 @@ class ObserveConfig:
 
     tensorboard: bool = True
     """Write TensorBoard event files."""
+
+    profile_step_start: int | None = None
+    """First optimizer step to profile; traces go to RUN_DIR/profile/ for chrome://tracing or Perfetto."""
+
+    profile_step_end: int | None = None
+    """First optimizer step that is not profiled any more; empty means one step after profile_step_start."""
+
+    profile_ranks: tuple[int, ...] = (0,)
+    """Ranks that are profiled."""
+
+    record_memory_history: bool = False
+    """On a GPU, also write the allocations of the profiled steps for pytorch.org/memory_viz."""

@@ -1,11 +1,13 @@
-"""Section `parallel`: how the ranks divide the work. What remains of the world size is data parallelism."""
+"""Section `parallel`: how the ranks divide the work, and what is recomputed. What remains of the world size is data
+parallelism. Names are megatron-core's."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the ranks divide the work; what remains of the world size is data parallelism."""
+    """How the ranks divide the work, and what is recomputed; what remains of the world size is data parallelism."""
 
     tensor_model_parallel_size: int = 1
     """Ranks that share the weights of a layer."""
@@ -13,8 +15,24 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share the tokens of a window."""
 
+    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
+    """How Transformer Engine exchanges keys and values over the context axis; on a CPU they are all gathered."""
+
     sequence_parallel: bool = False
     """Split activations along the sequence across the tensor axis between the sharded matrix products."""
 
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass already runs; needs overlap_grad_reduce."""
+
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """What the backward pass computes again instead of keeping: core attention, whole layers, or (empty) nothing."""
+
+    recompute_method: Literal["uniform", "block"] | None = None
+    """With granularity full: keep the input of every recompute_num_layers-th layer, or recompute only the first
+    recompute_num_layers layers."""
+
+    recompute_num_layers: int | None = None
+    """With granularity full: layers per recomputed unit (uniform) or recomputed layers (block)."""

@@ -6,6 +6,10 @@ from typing import Literal
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What a program's `device` option may be."""
 
+FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+"""FP8 recipe -> what both sides of a matrix product must be multiples of (Transformer Engine, pytorch/utils.py
+assert_dim_for_fp8_exec and the quantizers' is_quantizable)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -14,8 +18,16 @@ class RuntimeConfig:
     device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible (NCCL), else the CPU (gloo)."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer."""
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer, fp8 is bf16 with the layers'
+    matrix products in 8 bits (GPU with Transformer Engine)."""
+
+    fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How precision fp8 scales: one current scale per tensor (Hopper and later), one per block of 128 x 128 (Hopper),
+    or one per 32 values (Blackwell)."""
+
+    deterministic: bool = False
+    """Ask every library for bitwise repeatable kernels, and fail where there is none. A CPU is repeatable anyway."""
 
     num_threads: int = 0
     """CPU threads per rank; 0 shares the machine's cores evenly among its ranks."""

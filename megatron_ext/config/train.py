@@ -22,6 +22,13 @@ class TrainConfig:
     exit_interval: int | None = None
     """Save and stop after a step divisible by this; the next start of the same run goes on."""
 
+    exit_duration: float | None = None
+    """Minutes after the start at which to save and stop; the next start of the same run goes on."""
+
+    manual_gc_interval: int = 100
+    """Optimizer steps between Python's garbage collections, on all ranks at once: one rank that collects makes all
+    wait. 0 leaves them to Python."""
+
     seed: int = 1234
     """Seed of weights, data order and dropout."""
 

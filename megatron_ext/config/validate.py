@@ -7,6 +7,7 @@ from fractions import Fraction
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.objective import LARGEST_DENOMINATOR
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.runtime import FP8_MULTIPLES
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ def _sequence_divisor(config: RunConfig) -> int:
     parallelism."""
     context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
     return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
+
+
+def _tokens_per_context_rank(config: RunConfig) -> int:
+    return config.train.micro_batch_size * config.train.seq_length // config.parallel.context_parallel_size
 
 
 def _largest_weight(config: RunConfig) -> int:
@@ -101,6 +106,41 @@ RULES = (
         lambda c, n: (
             f"train.eval_interval {c.train.eval_interval} with an empty data.valid: "
             "give held-out datasets or set train.eval_interval to 0"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.parallel.overlap_param_gather and not c.parallel.overlap_grad_reduce,
+        lambda c, n: (
+            "parallel.overlap_param_gather is true with parallel.overlap_grad_reduce false: "
+            "set parallel.overlap_grad_reduce to true as well"
+        ),
+    ),
+    Rule(
+        lambda c, n: (
+            (c.parallel.recompute_granularity == "full")
+            != (c.parallel.recompute_method is not None and (c.parallel.recompute_num_layers or 0) > 0)
+        ),
+        lambda c, n: (
+            f"parallel.recompute_granularity {c.parallel.recompute_granularity} with recompute_method "
+            f"{c.parallel.recompute_method} and recompute_num_layers {c.parallel.recompute_num_layers}: "
+            "full needs both (uniform or block, and at least 1), anything else neither"
+        ),
+    ),
+    Rule(
+        lambda c, n: (
+            c.runtime.precision == "fp8" and _tokens_per_context_rank(c) % FP8_MULTIPLES[c.runtime.fp8_recipe] != 0
+        ),
+        lambda c, n: (
+            f"runtime.fp8_recipe {c.runtime.fp8_recipe} with {_tokens_per_context_rank(c)} tokens per context rank "
+            "(train.micro_batch_size x train.seq_length / parallel.context_parallel_size): "
+            f"use a multiple of {FP8_MULTIPLES[c.runtime.fp8_recipe]}"
+        ),
+    ),
+    Rule(
+        lambda c, n: c.train.manual_gc_interval < 0 or (c.train.exit_duration or 0) < 0,
+        lambda c, n: (
+            f"train.manual_gc_interval {c.train.manual_gc_interval}, train.exit_duration {c.train.exit_duration}: "
+            "neither may be negative"
         ),
     ),
     Rule(

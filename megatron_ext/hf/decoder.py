@@ -162,7 +162,7 @@ def shape_from_text_config(config: dict[str, Any]) -> DecoderShape:
         raise InputError(f"config.json: text_config has no {missing}; is this an Emu3 model?") from None
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not supported; Emu3 uses 'default'")
-    for name, only in (("rope_scaling", None), ("hidden_act", "silu")):
+    for name, only in (("rope_scaling", None), ("hidden_act", "silu"), ("tie_word_embeddings", False)):
         if config.get(name, only) != only:
             raise InputError(f"config.json: {name} is {config[name]!r}, Emu3 has {only!r}: give a model that has it so")
     return shape

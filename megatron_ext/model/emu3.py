@@ -6,6 +6,7 @@ in megatron-core's sequence-first order, V this tensor rank's share of the padde
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,10 @@ from torch import Tensor
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import FP8_MULTIPLES
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.initialize import initialize_weights
+from megatron_ext.model.lm_head import ChunkedHead
 from megatron_ext.model.specs import layer_specs
 from megatron_ext.runtime import Topology, seed_microbatch
 from megatron_ext.vocab import VocabLayout
@@ -78,6 +81,11 @@ PRESETS = {
 }  # fmt: skip
 
 
+# Formats that Transformer Engine's recipes default to (common/recipe/__init__.py): E4M3 everywhere where scales are
+# fine enough, else E5M2 for gradients. "delayed" is left out: its history of scales would have to be checkpointed.
+FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+
+
 def pad_vocabulary(size: int, tensor_parallel_size: int) -> int:
     """Rows of the embedding and the head: the next multiple of 128 per tensor rank (megatron-core's divisor)."""
     multiple = 128 * tensor_parallel_size
@@ -85,7 +93,7 @@ def pad_vocabulary(size: int, tensor_parallel_size: int) -> int:
 
 
 class Emu3Model(GPTModel):
-    """GPTModel that takes packed batches and leaves the padded vocabulary rows out of the softmax."""
+    """GPTModel that takes packed batches, and whose head never holds full logits (lm_head.py)."""
 
     def __init__(self, config: TransformerConfig, shape: DecoderShape, layout: VocabLayout, topology: Topology) -> None:
         super().__init__(
@@ -102,6 +110,15 @@ class Emu3Model(GPTModel):
         self.layout = layout
         rows = self.vocab_size // topology.tensor_parallel_size
         self.real_rows = min(rows, max(0, layout.size - topology.tensor_parallel_rank * rows))
+        self.output_layer = ChunkedHead(
+            shape.hidden_size, self.vocab_size,
+            config=config, init_method=config.init_method, bias=False, tp_group=topology.groups.tp,
+        )  # fmt: skip
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """GPTModel's; with labels the head defers its projection to the loss."""
+        self.output_layer.defers_projection = labels is not None
+        return super().forward(*args, labels=labels, **kwargs)
 
     def forward_batch(self, batch: Batch, *, with_loss: bool = True) -> Tensor:
         """Cross entropy per token, loss_BT in fp32; without `with_loss`, logits_BTV of this tensor rank's rows."""
@@ -121,10 +138,8 @@ class Emu3Model(GPTModel):
         )
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy of labels_BT under logits_SBV; a padded row can be neither label nor alternative."""
-        if self.real_rows < logits.size(-1):
-            logits[..., self.real_rows :] = torch.finfo(logits.dtype).min
-        return super().compute_language_model_loss(labels, logits)
+        """Cross entropy of labels_BT. `logits` is what the head handed through: hidden_SBH."""
+        return self.output_layer.loss(logits, labels, self.real_rows)
 
 
 def transformer_config(shape: DecoderShape, parallel: ParallelConfig, topology: Topology) -> TransformerConfig:
@@ -155,6 +170,13 @@ def transformer_config(shape: DecoderShape, parallel: ParallelConfig, topology: 
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
+        cp_comm_type=parallel.cp_comm_type,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        fp8=FP8_FORMATS[topology.fp8_recipe] if topology.fp8_recipe else None,
+        fp8_recipe=topology.fp8_recipe or "tensorwise",
+        deterministic_mode=topology.deterministic,
         # The sum of weighted losses is divided once, by the weight of the whole global batch (finalize_model_grads.py).
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=False,
@@ -184,7 +206,28 @@ def build_model(
                 f"model.{name} {getattr(shape, name)} is not a multiple of "
                 f"parallel.tensor_model_parallel_size {topology.tensor_parallel_size}: change one of them"
             )
+    check_fp8(shape, topology)
     seed_microbatch(seed, 0, 0, topology)  # modules enter the random streams while they are built
     decoder = Emu3Model(transformer_config(shape, parallel, topology), shape, layout, topology).to(topology.device)
     initialize_weights(decoder, std=shape.init_method_std, vocab_size=layout.size, seed=seed, topology=topology)
     return decoder
+
+
+def check_fp8(shape: DecoderShape, topology: Topology) -> None:
+    """Raise InputError for a matrix that the FP8 recipe cannot scale."""
+    if topology.fp8_recipe is None:
+        return
+    multiple, tensor = FP8_MULTIPLES[topology.fp8_recipe], topology.tensor_parallel_size
+    widths = {
+        "model.hidden_size": shape.hidden_size,
+        "model.ffn_hidden_size / parallel.tensor_model_parallel_size": shape.ffn_hidden_size // tensor,
+        "model.num_attention_heads x model.kv_channels / parallel.tensor_model_parallel_size": (
+            shape.num_attention_heads * shape.kv_channels // tensor
+        ),
+    }
+    for name, width in widths.items():
+        if width % multiple:
+            raise InputError(
+                f"{name} is {width}, runtime.fp8_recipe {topology.fp8_recipe} needs a multiple of {multiple}: "
+                "change the shape or set runtime.precision to bf16"
+            )

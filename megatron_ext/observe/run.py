@@ -11,7 +11,9 @@ import yaml
 from rich.console import Console
 
 from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
+from megatron_ext.runtime import Topology
 
 
 class Run:
@@ -21,6 +23,7 @@ class Run:
         self, observe: ObserveConfig, *, is_main: bool, config_yaml: str, total_steps: int | None = None
     ) -> None:
         """Use `Run.open`."""
+        self._observe = observe
         self.folder = Path(observe.run_dir)
         self.console = Console(quiet=not is_main, highlight=False)
         self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
@@ -85,6 +88,15 @@ class Run:
             if not isinstance(writer, ConsoleLines):
                 writer.truncate_after(step)
         self.log_event("resume", step=step)
+
+    @contextlib.contextmanager
+    def profiler(self, topology: Topology) -> Iterator[Profiler]:
+        """Profiles the steps that the section asks for; traces go to profile/."""
+        profiler = Profiler(self._observe, self.folder / "profile", topology, self.console)
+        try:
+            yield profiler
+        finally:
+            profiler.close()
 
     def close(self) -> None:
         """Flush and close all files."""

@@ -65,6 +65,12 @@ class Optimizer:
         _, grad_norm, _ = self.inner.step()
         return StepResult(grad_norm=float(grad_norm), learning_rate=rate)
 
+    def gather_weights(self) -> None:
+        """Complete the weights on every data rank, where parallel.overlap_param_gather left that to the next forward
+        pass; to be called before anything else reads them."""
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
+
 
 def build_optimizer(
     optim: OptimConfig, parallel: ParallelConfig, model: Emu3Model, topology: Topology, steps: int
@@ -90,6 +96,7 @@ def build_optimizer(
         ddp_config=DistributedDataParallelConfig(
             use_distributed_optimizer=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
             grad_reduce_in_fp32=True,
         ),
         module=model,
@@ -107,6 +114,7 @@ def build_optimizer(
         bf16=topology.dtype == torch.bfloat16,
         params_dtype=topology.dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=parallel.overlap_param_gather,
     )
     inner = get_megatron_optimizer(config, [wrapped])
     model.config.finalize_model_grads_func = finalize_model_grads

@@ -7,7 +7,8 @@ import torch
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.runtime import RuntimeConfig
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+"""Type of weights and activations; fp8 is inside the layers' matrix products."""
 
 
 def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
@@ -15,6 +16,10 @@ def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device is 'cuda' and no GPU is visible: set runtime.device to cpu or auto")
     if runtime.device == "cpu" or not torch.cuda.is_available():
+        if runtime.precision == "fp8":
+            raise InputError(
+                "runtime.precision is fp8, which needs a GPU with Transformer Engine: set it to bf16 or fp32 on a CPU"
+            )
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(
@@ -55,3 +60,30 @@ def set_threads(runtime: RuntimeConfig, device: torch.device, local_world_size: 
     cores = len(os.sched_getaffinity(0))
     if device.type == "cpu":
         torch.set_num_threads(runtime.num_threads or max(1, cores // local_world_size))
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Ask torch, cuBLAS, NCCL and Transformer Engine for kernels that repeat bit for bit; before the first of them."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch: notes/randomness
+        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ.setdefault("NCCL_ALGO", "Ring")
+    torch.use_deterministic_algorithms(True)
+
+
+def profiler_activities(device: torch.device) -> list[torch.profiler.ProfilerActivity]:
+    """What torch.profiler records on `device`."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    return activities
+
+
+def record_memory_history(*, enabled: bool) -> None:
+    """Start or stop recording the allocations of this rank's GPU."""
+    torch.cuda.memory._record_memory_history("all" if enabled else None)
+
+
+def dump_memory_history(path: str) -> None:
+    """Write what was recorded, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(path)

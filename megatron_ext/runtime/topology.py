@@ -16,7 +16,14 @@ from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.runtime.cpu import adapt_to_cpu, check_version
-from megatron_ext.runtime.device import PRECISIONS, backend_for, bind, choose_device, set_threads
+from megatron_ext.runtime.device import (
+    PRECISIONS,
+    backend_for,
+    bind,
+    choose_device,
+    make_deterministic,
+    set_threads,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +34,12 @@ class Topology:
     device: torch.device
     dtype: torch.dtype
     """Type of weights and activations."""
+
+    fp8_recipe: str | None
+    """How the layers' matrix products scale their 8-bit operands; None where they have none."""
+
+    deterministic: bool
+    """Whether only bitwise repeatable kernels may run."""
 
     rank: int
     world_size: int
@@ -81,6 +94,8 @@ class Topology:
             adapt_to_cpu()
         set_threads(runtime, device, local_world_size)
         bind(device)
+        if runtime.deterministic:
+            make_deterministic(device)
         _join(runtime, device, rank, world_size)
         try:
             parallel_state.initialize_model_parallel(
@@ -126,6 +141,8 @@ def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:
     return Topology(
         device=device,
         dtype=PRECISIONS[runtime.precision],
+        fp8_recipe=runtime.fp8_recipe if runtime.precision == "fp8" else None,
+        deterministic=runtime.deterministic,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tensor_parallel_rank=groups.tp.rank(),

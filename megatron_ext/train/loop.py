@@ -1,7 +1,6 @@
 """Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
 
 import math
-import signal
 import time
 
 import torch
@@ -13,9 +12,10 @@ from megatron_ext.data.loader import Data
 from megatron_ext.objectives import Objective
 from megatron_ext.observe import Run
 from megatron_ext.optim import Optimizer
-from megatron_ext.resilience import StopRequest
+from megatron_ext.resilience import Stopping
 from megatron_ext.runtime import Topology
 from megatron_ext.runtime.device import peak_memory_bytes, synchronize
+from megatron_ext.train.garbage import collected_every
 from megatron_ext.train.state import TrainState
 from megatron_ext.train.step import MicrobatchRunner
 
@@ -49,13 +49,20 @@ class Trainer:
             return state
         for line in self.data.train.summary(self.train.train_steps * self.train.global_batch_size):
             self.run.console.print(line, markup=False, soft_wrap=True)
-        with StopRequest.on_signals(signal.SIGTERM, signal.SIGINT) as stop:
+        with (
+            Stopping.watch(self.train, self.run.folder, self.topology) as stopping,
+            collected_every(self.train.manual_gc_interval) as collect,
+            self.run.profiler(self.topology) as profiler,
+        ):
             self._dry_step(state)
             while state.step < self.train.train_steps:
-                state = self._train_step(state)
+                with profiler.step(state.step + 1):
+                    state = self._train_step(state)
+                collect(state.step)
                 if self.train.eval_interval and state.step % self.train.eval_interval == 0:
                     self._evaluate(state)
-                if self._reason_to_stop(state, stop):
+                if reason := stopping.reason(state.step):
+                    self.run.log_event("stop", step=state.step, reason=reason)
                     break
                 if self.checkpoint.is_due(state.step):
                     self._save(state)
@@ -119,16 +126,6 @@ class Trainer:
         self.optimizer.model.train()
         named = {f"valid_{name}": value for name, value in losses.items()}
         self.run.log_metrics({"step": state.step, **named, "timing": {"eval_seconds": time.perf_counter() - started}})
-
-    def _reason_to_stop(self, state: TrainState, stop: StopRequest) -> bool:
-        """Whether to save and stop here, agreed across ranks."""
-        if self.topology.any(stop.requested):
-            self.run.log_event("stop", step=state.step, reason=stop.signal_name or "signal on another rank")
-            return True
-        if self.train.exit_interval and state.step % self.train.exit_interval == 0:
-            self.run.log_event("stop", step=state.step, reason=f"train.exit_interval {self.train.exit_interval}")
-            return True
-        return False
 
     def _save(self, state: TrainState) -> None:
         started = time.perf_counter()

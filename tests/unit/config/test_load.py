@@ -41,6 +41,10 @@ def test_yaml_round_trip(tmp_path):
         (["--data.train", '[{"prefx": "a"}]'], "'data.train.prefix'"),
         (["--config", "no/such.yaml"], "no/such.yaml"),
         (["--model.preset", "emu4"], "emu4"),
+        (["--parallel.pipeline_model_parallel_size", "2"], "tensor x context x data parallel"),
+        (["--model.num_moe_experts", "8"], "Emu3 is dense"),
+        (["--model.mtp_num_layers", "1"], "one next token"),
+        (["--model.tie_word_embeddings", "true"], "two matrices"),
     ],
 )
 def test_a_fault_is_one_line_that_names_it(arguments, named):

@@ -31,6 +31,21 @@ BROKEN = [
     ({"train.seq_length": 2**28}, 1, "2^31"),
     ({"data.train": ()}, 1, "data.train is empty"),
     ({"train.eval_interval": 5}, 1, "data.valid"),
+    ({"parallel.overlap_param_gather": True}, 1, "parallel.overlap_grad_reduce"),
+    ({"parallel.recompute_granularity": "full"}, 1, "parallel.recompute_granularity full"),
+    (
+        {
+            "parallel.recompute_granularity": "selective",
+            "parallel.recompute_method": "uniform",
+            "parallel.recompute_num_layers": 1,
+        },
+        1,
+        "parallel.recompute_granularity selective",
+    ),
+    ({"runtime.precision": "fp8", "train.seq_length": 72}, 1, "a multiple of 16"),
+    ({"runtime.precision": "fp8", "runtime.fp8_recipe": "blockwise"}, 1, "a multiple of 128"),
+    ({"train.manual_gc_interval": -1}, 1, "train.manual_gc_interval -1"),
+    ({"train.exit_duration": -0.5}, 1, "train.exit_duration -0.5"),
     ({"checkpoint.save_interval": 0}, 1, "checkpoint.save_interval 0"),
 ]
 

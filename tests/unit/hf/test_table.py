@@ -146,7 +146,10 @@ def test_configurations_come_back() -> None:
         assert vision_config(theirs.to_dict()) == full
 
 
-@pytest.mark.parametrize("field", [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"hidden_act": "gelu"}])
+@pytest.mark.parametrize(
+    "field",
+    [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"hidden_act": "gelu"}, {"tie_word_embeddings": True}],
+)
 def test_what_emu3_lacks_is_refused(field: dict) -> None:
     config = Emu3TextConfig(**text_config(shape_of(), LAYOUT, 64)).to_dict() | {"rope_scaling": None}
     assert shape_from_text_config(config) == shape_of()

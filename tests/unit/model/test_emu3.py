@@ -1,5 +1,7 @@
 """Presets have the published sizes; weights do not depend on the layout; shapes that cannot be are refused."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.model import DecoderShape, build_model, pad_vocabulary
-from megatron_ext.model.emu3 import Emu3Model, transformer_config
+from megatron_ext.model.emu3 import Emu3Model, check_fp8, transformer_config
 from megatron_ext.model.specs import layer_specs
 from megatron_ext.runtime import Topology
 from megatron_ext.vocab import VocabLayout
@@ -49,13 +51,11 @@ def test_initial_weights_are_a_function_of_the_seed(topology):
     assert one["embedding.word_embeddings.weight"][LAYOUT.size :].count_nonzero() == 0
 
 
-def test_padded_rows_take_no_part_in_the_loss(topology):
-    decoder = build_model(MODEL, ParallelConfig(), LAYOUT, topology, seed=1)
-    logits_SBV = torch.randn(6, 1, decoder.vocab_size)
-    labels_BT = torch.randint(LAYOUT.size, (1, 6))
-    expected = torch.nn.functional.cross_entropy(logits_SBV[:, 0, : LAYOUT.size], labels_BT[0], reduction="none")
-    found = decoder.compute_language_model_loss(labels_BT, logits_SBV.clone())
-    assert (found[0] - expected).abs().max() < 1e-6  # measured 0
+def test_fp8_shapes_are_checked_against_the_recipe(topology):
+    narrow = dataclasses.replace(DecoderShape.of(MODEL), ffn_hidden_size=40)
+    asked = dataclasses.replace(topology, fp8_recipe="tensorwise")
+    with pytest.raises(InputError, match="ffn_hidden_size .* is 40, runtime.fp8_recipe tensorwise .* multiple of 16"):
+        check_fp8(narrow, asked)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Layouts that do not fit are refused by name; seeds depend on every part."""
 
 import pytest
+import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.config.parallel import ParallelConfig
@@ -29,6 +30,22 @@ def test_one_process_without_a_launcher(monkeypatch):
         assert (topology.world_size, topology.data_parallel_size, topology.is_main) == (1, 1, True)
         assert topology.any(True) and not topology.any(False)
         assert topology.broadcast({"a": 1}) == {"a": 1}
+
+
+def test_fp8_wants_a_gpu():
+    with (
+        pytest.raises(InputError, match="runtime.precision is fp8"),
+        Topology.start(RuntimeConfig(device="cpu", precision="fp8"), ParallelConfig()),
+    ):
+        pass
+
+
+def test_deterministic_asks_torch():
+    try:
+        with Topology.start(RuntimeConfig(device="cpu", deterministic=True), ParallelConfig()) as topology:
+            assert topology.deterministic and torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_seeds_differ_in_every_part():

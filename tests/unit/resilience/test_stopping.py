@@ -1,0 +1,62 @@
+"""Each reason to stop: named, taken once, and the same for every rank."""
+
+import os
+import signal
+
+import pytest
+
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.train import TrainConfig
+from megatron_ext.resilience import Stopping
+from megatron_ext.runtime import Topology
+from tests.support.distributed import run_distributed
+
+
+@pytest.fixture(scope="module")
+def topology():
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        yield topology
+
+
+def test_nothing_asks(topology, tmp_path):
+    with Stopping.watch(TrainConfig(train_steps=9, exit_duration=60), tmp_path, topology) as stopping:
+        assert stopping.reason(1) is None
+
+
+def test_exit_interval(topology, tmp_path):
+    with Stopping.watch(TrainConfig(train_steps=9, exit_interval=3), tmp_path, topology) as stopping:
+        assert [stopping.reason(step) for step in (2, 3)] == [None, "train.exit_interval 3"]
+
+
+def test_exit_duration(topology, tmp_path):
+    with Stopping.watch(TrainConfig(train_steps=9, exit_duration=0.0), tmp_path, topology) as stopping:
+        assert stopping.reason(1) == "train.exit_duration 0 minutes"
+
+
+def test_the_stop_file_is_obeyed_once(topology, tmp_path):
+    with Stopping.watch(TrainConfig(train_steps=9), tmp_path, topology) as stopping:
+        (tmp_path / "stop").touch()
+        assert stopping.reason(1) == f"file {tmp_path / 'stop'}"
+        assert not (tmp_path / "stop").exists()
+
+
+def test_a_signal(topology, tmp_path):
+    with Stopping.watch(TrainConfig(train_steps=9), tmp_path, topology) as stopping:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.reason(1) == "SIGTERM"
+
+
+def test_all_ranks_stop_where_one_was_told(tmp_path):
+    assert run_distributed(reasons, 2, tmp_path) == ["another rank was told to stop", "SIGTERM"]
+
+
+def reasons(folder):
+    """Rank 1 gets a signal."""
+    with (
+        Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology,
+        Stopping.watch(TrainConfig(train_steps=9), folder, topology) as stopping,
+    ):
+        if topology.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return stopping.reason(1)
