@@ -119,16 +119,16 @@ STAGES = (
         command=(
             *DECODER,
             *("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"),
-            *("--train.exit_interval", "450"),
+            *("--train.exit_interval", "480"),
         ),
         outputs=(f"{ROOT}/decoder",),
-        expected_s=195,
+        expected_s=185,
     ),
     Stage(
         name="decoder_context_parallel",
         says="resume the same run with context parallel: the loss goes on where it stopped",
         command=(*DECODER, "--parallel.context_parallel_size", "2"),
-        expected_s=195,
+        expected_s=185,
     ),
     Stage(
         name="export",
