@@ -105,7 +105,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for part in _chunks(hidden_TH.size(0), ctx.chunk if ctx.real_rows else 0):
             # softmax - one-hot, times the gradient of the token
             grad_CR = (hidden_TH[part] @ weight_RH.t()).float().sub_(lse_T[part, None]).exp_()
-            grad_CR.scatter_add_(1, rows_T[part, None], -here_T[part, None].float())
+            # Indexing, not scatter_add_: that has no deterministic kernel on a GPU.
+            grad_CR[torch.arange(len(grad_CR), device=grad_CR.device), rows_T[part]] -= here_T[part].float()
             grad_CR = grad_CR.mul_(grad_T[part, None]).to(hidden_TH.dtype)
             torch.mm(grad_CR, weight_RH, out=grad_hidden_TH[part])
             if wants_weight:
