@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, Emu3ForCausalLM, Emu3TextConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from megatron_ext.hf import decoder_shape, decoder_tensors, read_config, read_decoder_tensors
-from megatron_ext.model import DecoderShape, Emu3Model
+from megatron_ext.model import Emu3Model
+from megatron_ext.plan import DecoderShape
 
 
 class CachedDecoder(Protocol):

@@ -16,7 +16,8 @@ from megatron_ext.hf.decoder import canonical_name, decoder_table, shape_from_te
 from megatron_ext.hf.table import Table, UnknownName
 from megatron_ext.hf.vision import vision_config, vision_table
 from megatron_ext.hf.weights import WeightsReader
-from megatron_ext.model import DecoderShape, Emu3Model
+from megatron_ext.model import Emu3Model
+from megatron_ext.plan import DecoderShape
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN
 from megatron_ext.vocab import QwenTokenizer, VocabLayout, Vocabulary

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.hf.table import PADDING, Index, Rule, Table
-from megatron_ext.model import DecoderShape
+from megatron_ext.plan import DecoderShape
 from megatron_ext.vocab import VocabLayout
 
 _UNFUSED_NORMS = {

@@ -12,7 +12,7 @@ from megatron_ext.config import InputError
 from megatron_ext.hf.decoder import canonical_name, decoder_table, shape_from_text_config, text_config
 from megatron_ext.hf.table import Rule, Table, UnknownName
 from megatron_ext.hf.vision import vision_config, vision_table, vq_config
-from megatron_ext.model import PRESETS, DecoderShape
+from megatron_ext.plan import PRESETS, DecoderShape
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 from megatron_ext.vocab import VocabLayout
 

@@ -9,9 +9,10 @@ from megatron_ext.config import InputError
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.model import DecoderShape, build_model, pad_vocabulary
+from megatron_ext.model import build_model
 from megatron_ext.model.emu3 import Emu3Model, check_fp8, transformer_config
 from megatron_ext.model.specs import layer_specs
+from megatron_ext.plan import DecoderShape, pad_vocabulary
 from megatron_ext.runtime import Topology
 from megatron_ext.vocab import VocabLayout
 from tests.support.decoding import LAYOUT, MODEL
