@@ -1,6 +1,7 @@
 """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens.
 
 torchrun --nproc-per-node N pretrain_emu3.py --config FILE [--section.field VALUE ...]
+python pretrain_emu3.py --config FILE --dry_run --world_size N [--suggest]     # what it will cost; docs/planning.md
 """
 
 import os
@@ -8,11 +9,17 @@ import os
 from megatron_ext.config import load, run_program, to_yaml
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.validate import validate
+from megatron_ext.plan import take_question
 
 
 def main(argv: list[str]) -> None:
-    """Train the run that `argv` describes; resume it where it stopped."""
+    """Train the run that `argv` describes; resume it where it stopped. With --dry_run, plan it."""
+    question, argv = take_question(argv)
     config = load(RunConfig, argv, prog="pretrain_emu3.py")
+    if question:
+        from megatron_ext.plan.report import answer
+
+        return answer(question, config)
     validate(config, world_size=int(os.environ.get("WORLD_SIZE", 1)))
     train(config)
 

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.objective import LARGEST_DENOMINATOR
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import FP8_MULTIPLES
 
@@ -20,18 +21,19 @@ class Rule:
 
 
 def _data_parallel_size(config: RunConfig, world_size: int) -> int:
-    return max(1, world_size // (config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size))
+    ranks = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    return max(1, world_size // max(1, ranks))
 
 
 def _samples_per_microstep(config: RunConfig, world_size: int) -> int:
-    return config.train.micro_batch_size * _data_parallel_size(config, world_size)
+    return max(1, config.train.micro_batch_size * _data_parallel_size(config, world_size))
 
 
 def _sequence_divisor(config: RunConfig) -> int:
     """A row must divide into zig-zag chunks per context rank, and those over the tensor axis under sequence
     parallelism."""
     context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
-    return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
+    return (2 * context if context > 1 else 1) * (max(1, tensor) if config.parallel.sequence_parallel else 1)
 
 
 def _tokens_per_context_rank(config: RunConfig) -> int:
@@ -44,7 +46,28 @@ def _largest_weight(config: RunConfig) -> int:
     return max(fraction.numerator, fraction.denominator)
 
 
+def layout_fault(parallel: ParallelConfig, world_size: int) -> str | None:
+    """Why the parallel sizes do not lay out over `world_size` ranks, and the fix; None if they do."""
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if tensor < 1 or context < 1 or world_size % (tensor * context):
+        return (
+            f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
+            f"the {world_size} ranks that were started: "
+            f"change the sizes or start a multiple of {tensor * context} ranks"
+        )
+    if parallel.sequence_parallel and tensor == 1:
+        return (
+            "parallel.sequence_parallel is true with parallel.tensor_model_parallel_size 1: "
+            "there is no tensor axis to split along, set it to false"
+        )
+    return None
+
+
 RULES = (
+    Rule(
+        lambda c, n: layout_fault(c.parallel, n) is not None,
+        lambda c, n: layout_fault(c.parallel, n) or "",
+    ),
     Rule(
         lambda c, n: (
             min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1
@@ -150,8 +173,12 @@ RULES = (
 )
 
 
+def broken_rules(config: RunConfig, world_size: int) -> list[Rule]:
+    """Every rule that the configuration breaks, in the table's order."""
+    return [rule for rule in RULES if rule.broken(config, world_size)]
+
+
 def validate(config: RunConfig, world_size: int) -> None:
     """Raise InputError with the first broken rule."""
-    for rule in RULES:
-        if rule.broken(config, world_size):
-            raise InputError(rule.message(config, world_size))
+    for rule in broken_rules(config, world_size)[:1]:
+        raise InputError(rule.message(config, world_size))

@@ -16,7 +16,6 @@ from torch import Tensor
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.config.runtime import FP8_MULTIPLES
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.initialize import initialize_weights
 from megatron_ext.model.lm_head import ChunkedHead
@@ -136,37 +135,12 @@ def build_model(
     """The decoder on this rank's device, its weights a function of `seed` alone.
 
     Raises:
-        InputError: the shape does not divide over the tensor axis.
+        InputError: the shape does not divide over the tensor axis, or not as FP8 wants.
     """
     shape = DecoderShape.of(model)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(shape, name) % topology.tensor_parallel_size:
-            raise InputError(
-                f"model.{name} {getattr(shape, name)} is not a multiple of "
-                f"parallel.tensor_model_parallel_size {topology.tensor_parallel_size}: change one of them"
-            )
-    check_fp8(shape, topology)
+    for fault in shape.faults_of(topology.tensor_parallel_size, topology.fp8_recipe):
+        raise InputError(fault)
     seed_microbatch(seed, 0, 0, topology)  # modules enter the random streams while they are built
     decoder = Emu3Model(transformer_config(shape, parallel, topology), shape, layout, topology).to(topology.device)
     initialize_weights(decoder, std=shape.init_method_std, vocab_size=layout.size, seed=seed, topology=topology)
     return decoder
-
-
-def check_fp8(shape: DecoderShape, topology: Topology) -> None:
-    """Raise InputError for a matrix that the FP8 recipe cannot scale."""
-    if topology.fp8_recipe is None:
-        return
-    multiple, tensor = FP8_MULTIPLES[topology.fp8_recipe], topology.tensor_parallel_size
-    widths = {
-        "model.hidden_size": shape.hidden_size,
-        "model.ffn_hidden_size / parallel.tensor_model_parallel_size": shape.ffn_hidden_size // tensor,
-        "model.num_attention_heads x model.kv_channels / parallel.tensor_model_parallel_size": (
-            shape.num_attention_heads * shape.kv_channels // tensor
-        ),
-    }
-    for name, width in widths.items():
-        if width % multiple:
-            raise InputError(
-                f"{name} is {width}, runtime.fp8_recipe {topology.fp8_recipe} needs a multiple of {multiple}: "
-                "change the shape or set runtime.precision to bf16"
-            )

@@ -1,5 +1,6 @@
 """Floating-point operations of training, by the causal convention."""
 
+from megatron_ext.plan.parameters import matrix_weights
 from megatron_ext.plan.shape import DecoderShape
 
 
@@ -21,14 +22,6 @@ def flops_per_token(shape: DecoderShape, seq_length: int, *, vocab_size: int) ->
     the model's: it is never counted. With data.attention_scope document, the documents' lengths are the segments';
     throughput is still quoted at the window's length by convention.
     """
-    return 6 * (matrix_weights(shape) + shape.hidden_size * vocab_size) + 6 * shape.num_layers * (
-        shape.num_attention_heads * shape.kv_channels * seq_length
-    )
-
-
-def matrix_weights(shape: DecoderShape) -> int:
-    """Weights of all matrices of the layers, on all ranks together."""
-    queries = shape.num_attention_heads * shape.kv_channels
-    keys = shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (2 * queries + 2 * keys)
-    return shape.num_layers * (attention + 3 * shape.hidden_size * shape.ffn_hidden_size)
+    width = shape.num_attention_heads * shape.kv_channels
+    matrices = 6 * (matrix_weights(shape) + shape.hidden_size * vocab_size)
+    return matrices + 6 * shape.num_layers * width * seq_length

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.runtime import FP8_MULTIPLES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,31 @@ class DecoderShape:
                 f"model.num_query_groups {shape.num_query_groups}: change one of them"
             )
         return shape
+
+    def faults_of(self, tensor_parallel_size: int, fp8_recipe: str | None = None) -> list[str]:
+        """What keeps the shape from running on a tensor axis and in 8 bits: one message each, with its fix."""
+        faults = [
+            f"model.{name} {getattr(self, name)} is not a multiple of parallel.tensor_model_parallel_size "
+            f"{tensor_parallel_size}: change one of them"
+            for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+            if getattr(self, name) % tensor_parallel_size
+        ]
+        if faults or fp8_recipe is None:
+            return faults
+        multiple = FP8_MULTIPLES[fp8_recipe]
+        widths = {
+            "model.hidden_size": self.hidden_size,
+            "model.ffn_hidden_size / parallel.tensor_model_parallel_size": self.ffn_hidden_size // tensor_parallel_size,
+            "model.num_attention_heads x model.kv_channels / parallel.tensor_model_parallel_size": (
+                self.num_attention_heads * self.kv_channels // tensor_parallel_size
+            ),
+        }
+        return [
+            f"{name} is {width}, runtime.fp8_recipe {fp8_recipe} needs a multiple of {multiple}: "
+            "change the shape or set runtime.precision to bf16"
+            for name, width in widths.items()
+            if width % multiple
+        ]
 
 
 # emu3_8b: Emu3 (arXiv 2409.18869) table 3 and its configuration_emu3.py; emu3_5_34b: Emu3.5 (arXiv 2510.26583) table 1.

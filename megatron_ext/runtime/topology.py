@@ -15,6 +15,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.validate import layout_fault
 from megatron_ext.runtime.cpu import adapt_to_cpu, check_version
 from megatron_ext.runtime.device import (
     PRECISIONS,
@@ -113,18 +114,9 @@ class Topology:
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise InputError unless the parallel sizes lay out over `world_size` ranks."""
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if tensor < 1 or context < 1 or world_size % (tensor * context):
-        raise InputError(
-            f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
-            f"the {world_size} ranks that were started: "
-            f"change the sizes or start a multiple of {tensor * context} ranks"
-        )
-    if parallel.sequence_parallel and tensor == 1:
-        raise InputError(
-            "parallel.sequence_parallel is true with parallel.tensor_model_parallel_size 1: "
-            "there is no tensor axis to split along, set it to false"
-        )
+    fault = layout_fault(parallel, world_size)
+    if fault:
+        raise InputError(fault)
 
 
 def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: int) -> None:

@@ -15,7 +15,7 @@ from megatron_ext.vocab.document import (
 from megatron_ext.vocab.grammar import Grammar, State, Violation
 from megatron_ext.vocab.layout import VocabLayout
 from megatron_ext.vocab.text import QwenTokenizer, SentencePieceTokenizer, TextTokenizer
-from megatron_ext.vocab.vocabulary import Vocabulary
+from megatron_ext.vocab.vocabulary import Vocabulary, layout_of
 
 __all__ = [
     "DocumentError",
@@ -35,5 +35,6 @@ __all__ = [
     "decode_document",
     "encode_block_start",
     "encode_document",
+    "layout_of",
     "spans",
 ]

@@ -53,11 +53,7 @@ class Vocabulary:
                 raise InputError("vocab.layout custom needs vocab.text_tokenizer and vocab.codebook_size")
             text = SentencePieceTokenizer(config.text_tokenizer)
             return cls(VocabLayout.custom(text_size=text.size, codebook_size=config.codebook_size), text)
-        for name in ("text_tokenizer", "codebook_size"):
-            if getattr(config, name) is not None:
-                raise InputError(f"vocab.{name} is fixed by layout {config.layout}: remove it, or use layout custom")
-        layout = VocabLayout.emu3() if config.layout == "emu3" else VocabLayout.emu3_5()
-        return cls(layout, QwenTokenizer())
+        return cls(layout_of(config), QwenTokenizer())
 
     @property
     def block(self) -> BlockFormat:
@@ -157,3 +153,17 @@ def _write(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
+
+
+def layout_of(config: VocabConfig) -> VocabLayout:
+    """The layout alone. Emu3's two are known without reading a tokenizer; a custom one's size is its tokenizer's.
+
+    Raises:
+        InputError: as `Vocabulary.load`.
+    """
+    if config.layout == "custom":
+        return Vocabulary.load(config).layout
+    for name in ("text_tokenizer", "codebook_size"):
+        if getattr(config, name) is not None:
+            raise InputError(f"vocab.{name} is fixed by layout {config.layout}: remove it, or use layout custom")
+    return VocabLayout.emu3() if config.layout == "emu3" else VocabLayout.emu3_5()

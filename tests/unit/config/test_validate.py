@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ext.config import InputError, load
 from megatron_ext.config.run import RunConfig
-from megatron_ext.config.validate import RULES, validate
+from megatron_ext.config.validate import RULES, broken_rules, validate
 
 GOOD = load(
     RunConfig,
@@ -16,6 +16,9 @@ GOOD = load(
 )  # fmt: skip
 
 BROKEN = [
+    ({"parallel.tensor_model_parallel_size": 3}, 4, "parallel.tensor_model_parallel_size 3"),
+    ({"parallel.context_parallel_size": 0}, 1, "parallel.context_parallel_size 0"),
+    ({"parallel.sequence_parallel": True}, 1, "parallel.sequence_parallel is true"),
     ({"train.micro_batch_size": 0}, 1, "train.micro_batch_size 0"),
     ({"train.micro_batch_size": 3}, 1, "train.global_batch_size 4"),
     ({}, 8, "data-parallel size 8"),
@@ -70,6 +73,15 @@ def test_every_rule_is_broken_by_one_row_of_the_table():
     rows = [(change(GOOD, changes), world_size) for changes, world_size, _ in BROKEN]
     first_broken = {next(rule for rule in RULES if rule.broken(config, size)) for config, size in rows}
     assert first_broken == set(RULES)
+
+
+def test_every_broken_rule_is_listed():
+    """Also where a size is 0, which other rules divide by."""
+    nothing = {"parallel.tensor_model_parallel_size": 0, "train.micro_batch_size": 0, "data.train": ()}
+    messages = [rule.message(change(GOOD, nothing), 1) for rule in broken_rules(change(GOOD, nothing), 1)]
+    assert len(messages) == 3
+    for name, message in zip(nothing, messages, strict=True):
+        assert name in message
 
 
 def test_the_largest_count_is_exact():

@@ -10,7 +10,7 @@ from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.model import build_model
-from megatron_ext.model.emu3 import Emu3Model, check_fp8, transformer_config
+from megatron_ext.model.emu3 import Emu3Model, transformer_config
 from megatron_ext.model.specs import layer_specs
 from megatron_ext.plan import DecoderShape, pad_vocabulary
 from megatron_ext.runtime import Topology
@@ -53,10 +53,10 @@ def test_initial_weights_are_a_function_of_the_seed(topology):
 
 
 def test_fp8_shapes_are_checked_against_the_recipe(topology):
-    narrow = dataclasses.replace(DecoderShape.of(MODEL), ffn_hidden_size=40)
+    narrow = dataclasses.replace(MODEL, ffn_hidden_size=40)
     asked = dataclasses.replace(topology, fp8_recipe="tensorwise")
     with pytest.raises(InputError, match="ffn_hidden_size .* is 40, runtime.fp8_recipe tensorwise .* multiple of 16"):
-        check_fp8(narrow, asked)
+        build_model(narrow, ParallelConfig(), LAYOUT, asked, seed=1)
 
 
 @pytest.mark.parametrize(

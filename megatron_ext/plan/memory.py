@@ -1,0 +1,103 @@
+"""Bytes on one rank, by kind: what megatron-core's buffers, its distributed optimizer and our head hold.
+
+Left out, because they depend on the machine: the device's context, communication buffers, fragmentation (together a
+few GiB on a GPU), and the few hundred elements by which megatron-core aligns parameters in its buffers.
+"""
+
+from dataclasses import dataclass
+
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.train import TrainConfig
+from megatron_ext.plan.activations import BYTES, layer_input, layer_on_cpu, layer_on_gpu
+from megatron_ext.plan.parameters import count_parameters
+from megatron_ext.plan.shape import DecoderShape, pad_vocabulary
+
+LOGITS_OF_A_CHUNK = 2**26
+"""Logits that the head holds at once: 256 MiB in fp32, enough rows to keep a GPU's matrix units busy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    """In the type of the activations, and their 8-bit copies in fp8."""
+
+    gradients: float
+    """Accumulated in fp32 over microbatches, not sharded."""
+
+    optimizer: float
+    """fp32 master weights (bf16 and fp8) and AdamW's two moments, sharded over the data and context axes."""
+
+    activations: float
+    """Kept at the end of a microbatch's forward pass, under the chosen recomputation."""
+
+    head: float
+    """While the head's backward pass runs: a chunk of logits, gradients of its input and of its weight."""
+
+    layer: float
+    """While a layer's backward pass runs: what is recomputed for it, and its gradients."""
+
+    @property
+    def peak(self) -> float:
+        """The most at any time: the head is done when the first layer begins."""
+        return self.weights + self.gradients + self.optimizer + self.activations + max(self.head, self.layer)
+
+
+def rank_memory(
+    shape: DecoderShape,
+    vocab_size: int,
+    runtime: RuntimeConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    world_size: int,
+) -> Memory:
+    """Bytes on each of `world_size` ranks; runtime.device auto is planned as a GPU."""
+    tensor = parallel.tensor_model_parallel_size
+    rows = pad_vocabulary(vocab_size, tensor)
+    parameters = count_parameters(shape, rows, tensor)
+    number = BYTES[runtime.precision]
+    eight_bit = 2 * parameters.matrices if runtime.precision == "fp8" else 0  # one for either pass, kept over a step
+    master = 4 if number < 4 else 0
+    tokens = train.micro_batch_size * train.seq_length / parallel.context_parallel_size
+    kept, rebuilt = _layers(shape, parallel, runtime, train)
+    stream = number * shape.hidden_size / (tensor if parallel.sequence_parallel else 1)
+    # Embedding dropout's mask, the final norm's input, and the head's own input, whole also under sequence parallelism.
+    ends = (stream / number if shape.hidden_dropout else 0) + stream + number * shape.hidden_size
+    local_rows = rows / tensor
+    weight_gradient = number * local_rows * shape.hidden_size
+    chunk = min(LOGITS_OF_A_CHUNK, tokens * local_rows)
+    return Memory(
+        weights=number * parameters.total + eight_bit,
+        gradients=4 * parameters.total,
+        optimizer=(master + 4 + 4) * parameters.total * tensor / world_size,
+        activations=tokens * (kept + ends),
+        head=tokens * number * shape.hidden_size + chunk * number + max(4 * chunk, weight_gradient),
+        layer=tokens * rebuilt + _layer_gradients(shape, tensor, number, tokens),
+    )
+
+
+def _layers(
+    shape: DecoderShape, parallel: ParallelConfig, runtime: RuntimeConfig, train: TrainConfig
+) -> tuple[float, float]:
+    """Bytes per token that all layers keep, and that are rebuilt at once in the backward pass."""
+    if runtime.device == "cpu":
+        full = layer_on_cpu(shape, parallel, runtime.precision, train.seq_length)
+    else:
+        full = layer_on_gpu(shape, parallel, runtime.precision)
+    layers = shape.num_layers
+    if parallel.recompute_granularity != "full":
+        return layers * full, 0
+    checkpoint = layer_input(shape, parallel, runtime.precision)
+    unit = parallel.recompute_num_layers or 1
+    if parallel.recompute_method == "uniform":
+        return -(-layers // unit) * checkpoint, unit * full
+    recomputed = min(unit, layers)  # block: the first layers; the others are kept, and gone before these are rebuilt
+    return recomputed * checkpoint + (layers - recomputed) * full, full if recomputed == layers else 0
+
+
+def _layer_gradients(shape: DecoderShape, tensor: int, number: int, tokens: float) -> float:
+    """Gradients inside an MLP's backward pass, the widest part of a layer: activations', then the largest weight's."""
+    activations = tokens * number * (3 * shape.ffn_hidden_size / tensor + 2 * shape.hidden_size)
+    return activations + number * 2 * shape.ffn_hidden_size * shape.hidden_size / tensor

@@ -1,0 +1,83 @@
+"""Bytes that a live training holds, by kind: the oracle of the plan's memory."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.objective import ObjectiveConfig
+from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.data.batch import Batch, Window, collate, slice_for_context
+from megatron_ext.vocab import VocabLayout
+from tests.support.distributed import use_next_store
+
+SEQ_LENGTH = 256
+LAYOUT = VocabLayout.custom(text_size=400, codebook_size=600)
+
+
+def one_window(micro_batch_size: int) -> Batch:
+    """Full windows of one segment each."""
+    ids = np.arange(SEQ_LENGTH) % LAYOUT.size
+    mask = np.ones(SEQ_LENGTH, dtype=bool)
+    window = Window(ids=ids, labels=ids, mask=mask, boundaries=np.array([0, SEQ_LENGTH]))
+    return collate([window] * micro_batch_size, [0] * micro_batch_size, "window")
+
+
+def measure(cases: Sequence[tuple[dict[str, Any], dict[str, Any], str, int]]) -> list[dict[str, int]]:
+    """Bytes by kind for each (parallel, model, precision, micro_batch_size), one after the other in these processes."""
+    found = []
+    for parallel, model, precision, micro_batch_size in cases:
+        found.append(_measure(ParallelConfig(**parallel), ModelConfig(**model), precision, micro_batch_size))
+        use_next_store()
+    return found
+
+
+def _measure(parallel: ParallelConfig, model: ModelConfig, precision: str, micro_batch_size: int) -> dict[str, int]:
+    from megatron_ext.model import build_model
+    from megatron_ext.objectives import build_objective
+    from megatron_ext.optim import build_optimizer
+    from megatron_ext.runtime import Topology
+    from megatron_ext.train.step import MicrobatchRunner
+
+    with Topology.start(RuntimeConfig(device="cpu", precision=precision), parallel) as topology:
+        decoder = build_model(model, parallel, LAYOUT, topology, seed=1)
+        optimizer = build_optimizer(OptimConfig(), parallel, decoder, topology, steps=10)
+        batch = slice_for_context(
+            one_window(micro_batch_size), topology.context_parallel_rank, topology.context_parallel_size
+        )
+        runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=1)
+        optimizer.zero_grad()
+        runner.run([batch], ("a",), step=0)
+        optimizer.step(1)  # AdamW's moments exist from its first step on
+        weights = storages(decoder.parameters())
+        kept: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in weights:
+                kept[tensor.untyped_storage().data_ptr()] = tensor  # held: an address must not be used twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            optimizer.model.module.forward_batch(batch)
+        return {
+            "weights": sum(weights.values()),
+            "gradients": sum(storages(parameter.main_grad for parameter in decoder.parameters()).values()),
+            "optimizer": sum(size for address, size in _state(optimizer.inner).items() if address not in weights),
+            "activations": sum(storages(kept.values()).values()),
+        }
+
+
+def _state(inner: Any) -> dict[int, int]:
+    """Storages of what torch's AdamW updates and remembers."""
+    adam = inner.chained_optimizers[0].optimizer
+    updated = [parameter for group in adam.param_groups for parameter in group["params"]]
+    return storages(updated + [value for state in adam.state.values() for value in state.values()])
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address -> bytes; tensors that share memory count once."""
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
