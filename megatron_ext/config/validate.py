@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.objective import LARGEST_DENOMINATOR
+from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import FP8_MULTIPLES
@@ -37,7 +38,7 @@ def _sequence_divisor(config: RunConfig) -> int:
 
 
 def _tokens_per_context_rank(config: RunConfig) -> int:
-    return config.train.micro_batch_size * config.train.seq_length // config.parallel.context_parallel_size
+    return config.train.micro_batch_size * config.train.seq_length // max(1, config.parallel.context_parallel_size)
 
 
 def _largest_weight(config: RunConfig) -> int:
@@ -63,11 +64,31 @@ def layout_fault(parallel: ParallelConfig, world_size: int) -> str | None:
     return None
 
 
+def schedule_fault(optim: OptimConfig, steps: int) -> str | None:
+    """Why the learning rate of a run of `steps` contradicts itself, and the fix; None if it does not."""
+    decay_steps = optim.lr_decay_steps or steps
+    if optim.lr_decay_style == "constant" or optim.lr_warmup_steps < decay_steps:
+        return None
+    return (
+        f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {decay_steps} steps of the decay: "
+        "shorten the warm-up or set optim.lr_decay_steps"
+    )
+
+
+def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
+    """Why no decoder can be trained in this precision on this device, and the fix; None if one can."""
+    if precision == "fp8" and not on_gpu:
+        return "runtime.precision is fp8, which needs a GPU with Transformer Engine: set it to bf16 or fp32 on a CPU"
+    if precision == "fp32" and on_gpu:
+        return (
+            "runtime.precision is fp32 on a GPU, where Transformer Engine has no attention over packed documents in "
+            "fp32: set runtime.precision to bf16, or runtime.device to cpu"
+        )
+    return None
+
+
 RULES = (
-    Rule(
-        lambda c, n: layout_fault(c.parallel, n) is not None,
-        lambda c, n: layout_fault(c.parallel, n) or "",
-    ),
+    Rule(lambda c, n: layout_fault(c.parallel, n) is not None, lambda c, n: layout_fault(c.parallel, n) or ""),
     Rule(
         lambda c, n: (
             min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1
@@ -119,6 +140,10 @@ RULES = (
             f"objective.vision_loss_weight {c.objective.vision_loss_weight} can pass 2^31, the largest count that "
             "megatron-core adds up: use a smaller batch or a weight with a smaller denominator, such as 0.5"
         ),
+    ),
+    Rule(
+        lambda c, n: schedule_fault(c.optim, c.train.train_steps) is not None,
+        lambda c, n: schedule_fault(c.optim, c.train.train_steps) or "",
     ),
     Rule(
         lambda c, n: not c.data.train,

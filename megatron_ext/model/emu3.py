@@ -24,7 +24,6 @@ from megatron_ext.plan import DecoderShape, pad_vocabulary
 from megatron_ext.runtime import Topology, seed_microbatch
 from megatron_ext.vocab import VocabLayout
 
-
 # Formats that Transformer Engine's recipes default to (common/recipe/__init__.py): E4M3 everywhere where scales are
 # fine enough, else E5M2 for gradients. "delayed" is left out: its history of scales would have to be checkpointed.
 FP8_FORMATS = {"tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}

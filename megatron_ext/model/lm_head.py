@@ -20,8 +20,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-CHUNK_ELEMENTS = 2**26
-"""Logits of a chunk: 256 MiB in fp32, enough rows to keep a GPU's matrix units busy."""
+from megatron_ext.plan.memory import LOGITS_OF_A_CHUNK
 
 
 class ChunkedHead(ColumnParallelLinear):
@@ -31,7 +30,7 @@ class ChunkedHead(ColumnParallelLinear):
     """
 
     defers_projection = False
-    chunk_elements = CHUNK_ELEMENTS
+    chunk_elements = LOGITS_OF_A_CHUNK
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None

@@ -13,6 +13,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.validate import precision_fault, schedule_fault
 from megatron_ext.model import Emu3Model
 from megatron_ext.optim.schedule import learning_rate
 from megatron_ext.runtime import Topology
@@ -80,17 +81,10 @@ def build_optimizer(
     Raises:
         InputError: the schedule contradicts itself, or the precision cannot be trained in on this device.
     """
-    decay_steps = optim.lr_decay_steps or steps
-    if optim.lr_decay_style != "constant" and optim.lr_warmup_steps >= decay_steps:
-        raise InputError(
-            f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {decay_steps} steps of the decay: "
-            "shorten the warm-up or set optim.lr_decay_steps"
-        )
-    if topology.device.type != "cpu" and topology.dtype == torch.float32:
-        raise InputError(
-            "runtime.precision is fp32 on a GPU, where Transformer Engine has no attention over packed documents in "
-            "fp32: set runtime.precision to bf16, or runtime.device to cpu"
-        )
+    precision = "fp32" if topology.dtype == torch.float32 else "bf16"
+    for fault in (schedule_fault(optim, steps), precision_fault(precision, on_gpu=topology.device.type != "cpu")):
+        if fault:
+            raise InputError(fault)
     wrapped = DistributedDataParallel(
         config=model.config,
         ddp_config=DistributedDataParallelConfig(

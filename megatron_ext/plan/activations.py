@@ -50,6 +50,23 @@ def layer_on_cpu(shape: DecoderShape, parallel: ParallelConfig, precision: str, 
     return kept + (head_norms if shape.qk_layernorm else 0)
 
 
+def ends_on_gpu(shape: DecoderShape, parallel: ParallelConfig, precision: str) -> float:
+    """Before the first layer and after the last: dropout of the embeddings, final norm, chunked head."""
+    b, _, s, h, *_ = _symbols(shape, parallel, precision)
+    return (h / s if shape.hidden_dropout else 0) + (b * h + 4) / s + _head(b, h)
+
+
+def ends_on_cpu(shape: DecoderShape, parallel: ParallelConfig, precision: str) -> float:
+    """The same in plain torch modules."""
+    b, _, s, h, *_ = _symbols(shape, parallel, precision)
+    return (b * h / s if shape.hidden_dropout else 0) + (4 * h + 4 * h + 4) / s + _head(b, h)
+
+
+def _head(b: int, h: int) -> int:
+    """model/lm_head.py: its input, whole also under sequence parallelism; ids, rows, which are here, log-sum-exp."""
+    return b * h + 8 + 8 + 1 + 4
+
+
 def layer_input(shape: DecoderShape, parallel: ParallelConfig, precision: str) -> float:
     """What is left of a layer whose forward pass is computed again: the residual stream before it."""
     b, _, s, h, *_ = _symbols(shape, parallel, precision)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.config.run import RunConfig
-from megatron_ext.config.validate import broken_rules, validate
+from megatron_ext.config.validate import broken_rules, precision_fault, validate
 from megatron_ext.plan.flops import flops_per_token
 from megatron_ext.plan.memory import Memory, rank_memory
 from megatron_ext.plan.parameters import Parameters, count_parameters
@@ -65,8 +65,12 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
     tokens_per_step = train.global_batch_size * train.seq_length
     flops = flops_per_token(shape, train.seq_length, vocab_size=vocab_size)
     steps = train.train_steps if question.tokens is None else math.ceil(question.tokens / tokens_per_step)
-    fp8_recipe = config.runtime.fp8_recipe if config.runtime.precision == "fp8" else None
+    precision = config.runtime.precision
+    fp8_recipe = config.runtime.fp8_recipe if precision == "fp8" else None
     faults = [rule.message(config, world_size) for rule in broken_rules(config, world_size)]
+    faults += shape.faults_of(tensor, fp8_recipe)
+    if fault := precision_fault(precision, on_gpu=config.runtime.device != "cpu"):
+        faults.append(fault)
     return Plan(
         shape=shape,
         vocab_size=vocab_size,
@@ -80,5 +84,5 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
         steps=steps,
         tokens=steps * tokens_per_step,
         tokens_per_second=world_size * question.peak_tflops * 1e12 * question.mfu / flops,
-        faults=(*faults, *shape.faults_of(tensor, fp8_recipe)),
+        faults=tuple(faults),
     )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
-from megatron_ext.plan.activations import BYTES, layer_input, layer_on_cpu, layer_on_gpu
+from megatron_ext.plan.activations import BYTES, ends_on_cpu, ends_on_gpu, layer_input, layer_on_cpu, layer_on_gpu
 from megatron_ext.plan.parameters import count_parameters
 from megatron_ext.plan.shape import DecoderShape, pad_vocabulary
 
@@ -37,11 +37,12 @@ class Memory:
     """While the head's backward pass runs: a chunk of logits, gradients of its input and of its weight."""
 
     layer: float
-    """While a layer's backward pass runs: what is recomputed for it, and its gradients."""
+    """While a layer's backward pass runs: what is recomputed for it, and its gradients; less what was kept for the
+    head, which is done by then."""
 
     @property
     def peak(self) -> float:
-        """The most at any time: the head is done when the first layer begins."""
+        """The most at any time."""
         return self.weights + self.gradients + self.optimizer + self.activations + max(self.head, self.layer)
 
 
@@ -61,40 +62,42 @@ def rank_memory(
     eight_bit = 2 * parameters.matrices if runtime.precision == "fp8" else 0  # one for either pass, kept over a step
     master = 4 if number < 4 else 0
     tokens = train.micro_batch_size * train.seq_length / parallel.context_parallel_size
-    kept, rebuilt = _layers(shape, parallel, runtime, train)
-    stream = number * shape.hidden_size / (tensor if parallel.sequence_parallel else 1)
-    # Embedding dropout's mask, the final norm's input, and the head's own input, whole also under sequence parallelism.
-    ends = (stream / number if shape.hidden_dropout else 0) + stream + number * shape.hidden_size
+    ends, kept, rebuilt = _activations(shape, parallel, runtime, train)
     local_rows = rows / tensor
     weight_gradient = number * local_rows * shape.hidden_size
     chunk = min(LOGITS_OF_A_CHUNK, tokens * local_rows)
+    upcast = 4 * chunk if number < 4 else 0
     return Memory(
         weights=number * parameters.total + eight_bit,
         gradients=4 * parameters.total,
         optimizer=(master + 4 + 4) * parameters.total * tensor / world_size,
-        activations=tokens * (kept + ends),
-        head=tokens * number * shape.hidden_size + chunk * number + max(4 * chunk, weight_gradient),
-        layer=tokens * rebuilt + _layer_gradients(shape, tensor, number, tokens),
+        activations=tokens * (ends + kept),
+        head=tokens * number * shape.hidden_size + chunk * number + max(upcast, weight_gradient),
+        layer=tokens * (rebuilt - ends) + _layer_gradients(shape, tensor, number, tokens),
     )
 
 
-def _layers(
+def _activations(
     shape: DecoderShape, parallel: ParallelConfig, runtime: RuntimeConfig, train: TrainConfig
-) -> tuple[float, float]:
-    """Bytes per token that all layers keep, and that are rebuilt at once in the backward pass."""
+) -> tuple[float, float, float]:
+    """Bytes per token that the forward pass keeps for the ends, for the layers, and that the backward pass rebuilds."""
     if runtime.device == "cpu":
+        ends = ends_on_cpu(shape, parallel, runtime.precision)
         full = layer_on_cpu(shape, parallel, runtime.precision, train.seq_length)
     else:
+        ends = ends_on_gpu(shape, parallel, runtime.precision)
         full = layer_on_gpu(shape, parallel, runtime.precision)
     layers = shape.num_layers
     if parallel.recompute_granularity != "full":
-        return layers * full, 0
+        return ends, layers * full, 0
+    ends += 4 * shape.kv_channels  # the rotations' angles: every recomputed unit is given the same ones
     checkpoint = layer_input(shape, parallel, runtime.precision)
     unit = parallel.recompute_num_layers or 1
     if parallel.recompute_method == "uniform":
-        return -(-layers // unit) * checkpoint, unit * full
+        return ends, -(-layers // unit) * checkpoint, unit * full
     recomputed = min(unit, layers)  # block: the first layers; the others are kept, and gone before these are rebuilt
-    return recomputed * checkpoint + (layers - recomputed) * full, full if recomputed == layers else 0
+    kept = recomputed * checkpoint + (layers - recomputed) * full
+    return ends, kept, full if recomputed == layers else 0
 
 
 def _layer_gradients(shape: DecoderShape, tensor: int, number: int, tokens: float) -> float:

@@ -55,7 +55,7 @@ def take_question(argv: Sequence[str]) -> tuple[Question | None, list[str]]:
         asked, rest = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise InputError(str(error).replace("argument ", "", 1)) from None
-    given = {name: value for name, value in vars(asked).items() if value not in (None, False)}
+    given = {name: value for name, value in vars(asked).items() if value is not None and value is not False}
     if not (asked.dry_run or asked.suggest):
         if given:
             raise InputError(f"--{next(iter(given))} belongs to --dry_run or --suggest: add one of them, or remove it")

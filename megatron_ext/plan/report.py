@@ -49,7 +49,7 @@ def print_layouts(
     console.print()
     if not layouts:
         console.print(
-            f"No layout of {question.world_size:,} ranks fits into {question.memory_gib:g} GiB: "
+            f"No layout of {question.world_size:,} ranks fits into {_usable(question)}: "
             "use more ranks, a smaller train.micro_batch_size or a shorter train.seq_length",
             soft_wrap=True,
         )
@@ -123,17 +123,20 @@ def _memory(config: RunConfig, plan: Plan, question: Question) -> Table:
     if config.runtime.device == "cpu":
         table.add_row("peak", _gib(memory.peak))
         return table
-    usable = USABLE_SHARE * question.memory_gib
-    fits = memory.peak <= usable * 2**30
+    fits = memory.peak <= USABLE_SHARE * question.memory_gib * 2**30
     verdict = "[green]fits[/green]" if fits else "[red]does not fit[/red]"
     advice = "" if fits else "; --suggest finds layouts that do"
-    share = f"{usable:g} GiB, {USABLE_SHARE:.0%} of a GPU's {question.memory_gib:g}"
-    table.add_row("[bold]peak[/bold]", f"[bold]{_gib(memory.peak)}[/bold]", f"{verdict} into {share}{advice}")
+    peak = f"[bold]{_gib(memory.peak)}[/bold]"
+    table.add_row("[bold]peak[/bold]", peak, f"{verdict} into {_usable(question)}{advice}")
     return table
 
 
+def _usable(question: Question) -> str:
+    return f"{USABLE_SHARE * question.memory_gib:g} GiB, {USABLE_SHARE:.0%} of a GPU's {question.memory_gib:g}"
+
+
 def _gib(size: float) -> str:
-    """Two decimals where a whole number would say nothing."""
+    """Less than one in thousandths."""
     return f"{size / 2**30:.1f}" if size >= 2**30 else f"{size / 2**30:.3f}"
 
 

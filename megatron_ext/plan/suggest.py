@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.validate import broken_rules
@@ -37,7 +38,12 @@ def suggest_layouts(config: RunConfig, plan: Plan, question: Question) -> list[L
 
     Micro-batch, global batch and data stay the configuration's. Each pair of tensor and context size comes with the
     least recomputation that fits.
+
+    Raises:
+        InputError: the configuration is for a CPU.
     """
+    if config.runtime.device == "cpu":
+        raise InputError("--suggest ranks layouts of GPUs, and runtime.device is cpu: set it to cuda")
     incurable = broken_rules(_laid_out(config, tensor=1, context=1, recomputed=0), 1)
     found = []
     for tensor, context in _sizes(question.world_size):

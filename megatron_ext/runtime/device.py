@@ -6,6 +6,7 @@ import torch
 
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.validate import precision_fault
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 """Type of weights and activations; fp8 is inside the layers' matrix products."""
@@ -16,10 +17,8 @@ def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
     if runtime.device == "cuda" and not torch.cuda.is_available():
         raise InputError("runtime.device is 'cuda' and no GPU is visible: set runtime.device to cpu or auto")
     if runtime.device == "cpu" or not torch.cuda.is_available():
-        if runtime.precision == "fp8":
-            raise InputError(
-                "runtime.precision is fp8, which needs a GPU with Transformer Engine: set it to bf16 or fp32 on a CPU"
-            )
+        if fault := precision_fault(runtime.precision, on_gpu=False):
+            raise InputError(fault)
         return torch.device("cpu")
     if local_rank >= torch.cuda.device_count():
         raise InputError(

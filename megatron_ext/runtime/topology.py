@@ -114,8 +114,7 @@ class Topology:
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
     """Raise InputError unless the parallel sizes lay out over `world_size` ranks."""
-    fault = layout_fault(parallel, world_size)
-    if fault:
+    if fault := layout_fault(parallel, world_size):
         raise InputError(fault)
 
 

@@ -76,9 +76,11 @@ def test_sections_are_frozen():
 
 
 def program_of(example: Path) -> str:
-    """The module that a configuration's opening comment says it is for: `python tools/x.py --config THE_FILE`."""
+    """The module that a configuration's opening comment says it is for: `python tools/x.py --config THE_FILE`, or one
+    that follows other files, `--config FIRST --config THE_FILE`."""
     opening = "".join(re.findall(r"\A(?:#.*\n)+", example.read_text(encoding="utf-8")))
-    match = re.search(r"(?:-m ([\w.]+)|([\w/]+)\.py) --config " + re.escape(name_of(example)) + r"\b", opening)
+    program = r"(?:-m ([\w.]+)|([\w/]+)\.py)(?: --config \S+)*?"
+    match = re.search(program + " --config " + re.escape(name_of(example)) + r"\b", opening)
     assert match, f"{name_of(example)} must open with a comment that holds the command that uses it"
     return match[1] or match[2].replace("/", ".")
 

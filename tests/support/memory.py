@@ -1,10 +1,13 @@
 """Bytes that a live training holds, by kind: the oracle of the plan's memory."""
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.objective import ObjectiveConfig
@@ -19,6 +22,30 @@ SEQ_LENGTH = 256
 LAYOUT = VocabLayout.custom(text_size=400, codebook_size=600)
 
 
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operations make, for as long as they live."""
+
+    def __init__(self, known: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known = {id(tensor.untyped_storage()) for tensor in known}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known.add(id(storage))
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, id(storage), storage.nbytes())
+        return result
+
+    def _gone(self, identity: int, size: int) -> None:
+        self._known.discard(identity)
+        self.now -= size
+
+
 def one_window(micro_batch_size: int) -> Batch:
     """Full windows of one segment each."""
     ids = np.arange(SEQ_LENGTH) % LAYOUT.size
@@ -27,25 +54,27 @@ def one_window(micro_batch_size: int) -> Batch:
     return collate([window] * micro_batch_size, [0] * micro_batch_size, "window")
 
 
-def measure(cases: Sequence[tuple[dict[str, Any], dict[str, Any], str, int]]) -> list[dict[str, int]]:
-    """Bytes by kind for each (parallel, model, precision, micro_batch_size), one after the other in these processes."""
+def measure_all(cases: Sequence[tuple[dict[str, Any], dict[str, Any], str, int]]) -> list[dict[str, int]]:
+    """`measure` of each case, one after the other on these ranks: starting them costs most."""
     found = []
-    for parallel, model, precision, micro_batch_size in cases:
-        found.append(_measure(ParallelConfig(**parallel), ModelConfig(**model), precision, micro_batch_size))
+    for case in cases:
+        found.append(measure(*case))
         use_next_store()
     return found
 
 
-def _measure(parallel: ParallelConfig, model: ModelConfig, precision: str, micro_batch_size: int) -> dict[str, int]:
+def measure(parallel: dict[str, Any], model: dict[str, Any], precision: str, micro_batch_size: int) -> dict[str, int]:
+    """Bytes by kind on this rank, after a training step of a decoder of the sections' fields."""
     from megatron_ext.model import build_model
     from megatron_ext.objectives import build_objective
     from megatron_ext.optim import build_optimizer
     from megatron_ext.runtime import Topology
     from megatron_ext.train.step import MicrobatchRunner
 
-    with Topology.start(RuntimeConfig(device="cpu", precision=precision), parallel) as topology:
-        decoder = build_model(model, parallel, LAYOUT, topology, seed=1)
-        optimizer = build_optimizer(OptimConfig(), parallel, decoder, topology, steps=10)
+    layout = ParallelConfig(**parallel)
+    with Topology.start(RuntimeConfig(device="cpu", precision=precision), layout) as topology:
+        decoder = build_model(ModelConfig(**model), layout, LAYOUT, topology, seed=1)
+        optimizer = build_optimizer(OptimConfig(), layout, decoder, topology, steps=10)
         batch = slice_for_context(
             one_window(micro_batch_size), topology.context_parallel_rank, topology.context_parallel_size
         )
@@ -62,12 +91,18 @@ def _measure(parallel: ParallelConfig, model: ModelConfig, precision: str, micro
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            optimizer.model.module.forward_batch(batch)
+            decoder.forward_batch(batch)
+        activations = sum(storages(kept.values()).values())
+        kept.clear()
+        gradients = [parameter.main_grad for parameter in decoder.parameters()]
+        with LiveBytes([*decoder.parameters(), *gradients]) as live:
+            decoder.forward_batch(batch).sum().backward()
         return {
             "weights": sum(weights.values()),
-            "gradients": sum(storages(parameter.main_grad for parameter in decoder.parameters()).values()),
+            "gradients": sum(storages(gradients).values()),
             "optimizer": sum(size for address, size in _state(optimizer.inner).items() if address not in weights),
-            "activations": sum(storages(kept.values()).values()),
+            "activations": activations,
+            "microbatch": live.most,
         }
 
 

@@ -32,6 +32,7 @@ BROKEN = [
     ({"train.seq_length": 2**26, "objective.vision_loss_weight": 0.35}, 1, "objective.vision_loss_weight 0.35"),
     ({"train.seq_length": 2**24, "objective.vision_loss_weight": 100.0}, 1, "2^31"),
     ({"train.seq_length": 2**28}, 1, "2^31"),
+    ({"optim.lr_warmup_steps": 3}, 1, "optim.lr_warmup_steps 3"),
     ({"data.train": ()}, 1, "data.train is empty"),
     ({"train.eval_interval": 5}, 1, "data.valid"),
     ({"parallel.overlap_param_gather": True}, 1, "parallel.overlap_grad_reduce"),

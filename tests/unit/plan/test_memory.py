@@ -9,7 +9,7 @@ from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan import DecoderShape
 from megatron_ext.plan.memory import rank_memory
 from tests.support.distributed import run_distributed
-from tests.support.memory import LAYOUT, SEQ_LENGTH, measure
+from tests.support.memory import LAYOUT, SEQ_LENGTH, measure, measure_all
 
 # No two widths equal, so that no formula is right by taking one for another.
 MODEL = {
@@ -46,13 +46,23 @@ CASES = {
 }
 
 
+# Measured: 0.1 % (megatron-core's alignment of parameters), and 2.6 % of the activations of context size 2, where
+# attention in plain torch keeps a mask for each chunk.
+BOUND = 0.03
+# The most that a microbatch holds beside weights, gradients and optimizer. Measured: 3.8 % too much for 2 recomputed layers, 2.4 %
+# too little for context size 2, else below 2 %.
+PEAK_BOUND = 0.05
+
+
 @pytest.fixture(scope="module")
 def measured():
     """(world size, case) -> bytes by kind on the fullest rank."""
     found = {}
     for world_size, cases in CASES.items():
         rows = [(parallel, MODEL | model, precision, size) for parallel, model, precision, size in cases.values()]
-        by_rank = run_distributed(measure, world_size, rows)
+        by_rank = (
+            [[measure(*row) for row in rows]] if world_size == 1 else run_distributed(measure_all, world_size, rows)
+        )
         for name, ranks in zip(cases, zip(*by_rank, strict=True), strict=True):
             found[world_size, name] = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
     return found
@@ -69,6 +79,8 @@ def test_planned_is_measured(world_size, case, measured):
         TrainConfig(train_steps=1, seq_length=SEQ_LENGTH, micro_batch_size=micro_batch_size),
         world_size,
     )
-    for kind, size in measured[world_size, case].items():
-        print(f"{world_size} {case:20} {kind:12} {size:>10,} {getattr(planned, kind) / size - 1:+.4f}")
-        assert getattr(planned, kind) == pytest.approx(size, rel=0.1), kind
+    found = measured[world_size, case]
+    for kind in ("weights", "gradients", "optimizer", "activations"):
+        assert getattr(planned, kind) == pytest.approx(found[kind], rel=BOUND), kind
+    state = planned.weights + planned.gradients + planned.optimizer
+    assert planned.peak - state == pytest.approx(found["microbatch"], rel=PEAK_BOUND)

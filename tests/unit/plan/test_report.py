@@ -58,7 +58,7 @@ def test_stage_2_has_the_flops_of_its_length(capsys):
 
 def test_every_broken_rule_is_printed(capsys):
     changes = ["--parallel.tensor_model_parallel_size", "3", "--data.train", "[]", "--train.global_batch_size", "1000"]
-    with pytest.raises(InputError, match="4 broken rules"):
+    with pytest.raises(InputError, match="6 broken rules"):
         printed(capsys, *changes, "--dry_run", "--world_size", "128")
     text = " ".join(capsys.readouterr().out.split())
     for named in (
@@ -66,14 +66,31 @@ def test_every_broken_rule_is_printed(capsys):
         "train.global_batch_size 1000 is not a multiple",
         "data.train is empty",
         "model.num_attention_heads 32 is not a multiple of parallel.tensor_model_parallel_size 3",
+        "model.num_query_groups 8 is not a multiple",
+        "model.ffn_hidden_size 14336 is not a multiple",
     ):
         assert f"broken {named}" in text
+
+
+def test_precision_and_shape_are_checked_for_gpus(capsys):
+    for changes, named in (
+        (["--runtime.precision", "fp32"], "runtime.precision is fp32 on a GPU"),
+        (["--runtime.precision", "fp8", "--model.ffn_hidden_size", "14344"], "is 14344, runtime.fp8_recipe tensorwise"),
+    ):
+        with pytest.raises(InputError, match="1 broken rule"):
+            printed(capsys, *changes, "--dry_run", "--world_size", "128")
+        assert named in " ".join(capsys.readouterr().out.split())
 
 
 def test_too_large_for_the_gpu(capsys):
     assert "does not fit into 43.2 GiB, 90% of a GPU's 48" in printed(
         capsys, "--dry_run", "--world_size", "128", "--memory_gib", "48"
     )
+
+
+def test_nothing_fits(capsys):
+    text = printed(capsys, "--suggest", "--world_size", "128", "--memory_gib", "4")
+    assert "No layout of 128 ranks fits into 3.6 GiB, 90% of a GPU's 4: use more ranks" in text
 
 
 def test_suggestion_can_be_copied(capsys):
@@ -90,6 +107,7 @@ def test_suggestion_can_be_copied(capsys):
         (["--vocab.codebook_size", "5"], "vocab.codebook_size is fixed by layout emu3"),
         (["--parallel.context_parallel_size", "0"], "parallel.context_parallel_size 0"),
         (["--model.presett", "tiny"], "model.preset"),
+        (["--runtime.device", "cpu", "--suggest"], "--suggest ranks layouts of GPUs"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(arguments, named):
