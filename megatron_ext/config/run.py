@@ -16,7 +16,8 @@ from megatron_ext.config.vocab import VocabConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens."""
+    """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens. With --dry_run and
+    --world_size N, print what the run needs and takes instead (docs/planning.md); with --suggest, layouts that fit."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision and process limits."""

@@ -29,7 +29,7 @@ def answer(question: Question, config: RunConfig) -> None:
     if question.suggest:
         print_layouts(console, config.parallel, plan, suggest_layouts(config, plan, question), question)
     if plan.faults:
-        raise InputError(f"this run would not start on {question.world_size} ranks: {len(plan.faults)} broken rules")
+        raise InputError(f"this run would not start on {question.world_size} ranks; broken rules: {len(plan.faults)}")
 
 
 def print_plan(console: Console, config: RunConfig, plan: Plan, question: Question) -> None:

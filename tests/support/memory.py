@@ -46,11 +46,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def one_window(micro_batch_size: int) -> Batch:
-    """Full windows of one segment each."""
-    ids = np.arange(SEQ_LENGTH) % LAYOUT.size
-    mask = np.ones(SEQ_LENGTH, dtype=bool)
-    window = Window(ids=ids, labels=ids, mask=mask, boundaries=np.array([0, SEQ_LENGTH]))
+def full_windows(micro_batch_size: int, seq_length: int = SEQ_LENGTH) -> Batch:
+    """Windows of one segment each."""
+    ids = np.arange(seq_length) % LAYOUT.size
+    mask = np.ones(seq_length, dtype=bool)
+    window = Window(ids=ids, labels=ids, mask=mask, boundaries=np.array([0, seq_length]))
     return collate([window] * micro_batch_size, [0] * micro_batch_size, "window")
 
 
@@ -76,7 +76,7 @@ def measure(parallel: dict[str, Any], model: dict[str, Any], precision: str, mic
         decoder = build_model(ModelConfig(**model), layout, LAYOUT, topology, seed=1)
         optimizer = build_optimizer(OptimConfig(), layout, decoder, topology, steps=10)
         batch = slice_for_context(
-            one_window(micro_batch_size), topology.context_parallel_rank, topology.context_parallel_size
+            full_windows(micro_batch_size), topology.context_parallel_rank, topology.context_parallel_size
         )
         runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=1)
         optimizer.zero_grad()
@@ -104,6 +104,29 @@ def measure(parallel: dict[str, Any], model: dict[str, Any], precision: str, mic
             "activations": activations,
             "microbatch": live.most,
         }
+
+
+def measure_allocator(parallel: dict[str, Any], model: dict[str, Any], seq_length: int) -> tuple[int, int]:
+    """Bytes of a GPU's allocator in bf16: between steps, and at most during one."""
+    from megatron_ext.model import build_model
+    from megatron_ext.objectives import build_objective
+    from megatron_ext.optim import build_optimizer
+    from megatron_ext.runtime import Topology
+    from megatron_ext.train.step import MicrobatchRunner
+
+    layout = ParallelConfig(**parallel)
+    with Topology.start(RuntimeConfig(device="cuda", precision="bf16"), layout) as topology:
+        decoder = build_model(ModelConfig(**model), layout, LAYOUT, topology, seed=1)
+        optimizer = build_optimizer(OptimConfig(), layout, decoder, topology, steps=10)
+        runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=1)
+        for step in range(2):  # the first makes AdamW's moments and the libraries' workspaces
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            state = torch.cuda.memory_allocated()
+            runner.run([full_windows(1, seq_length)], ("a",), step=step)
+            optimizer.step(step + 1)
+        return state, torch.cuda.max_memory_allocated()
 
 
 def _state(inner: Any) -> dict[int, int]:

@@ -49,8 +49,8 @@ CASES = {
 # Measured: 0.1 % (megatron-core's alignment of parameters), and 2.6 % of the activations of context size 2, where
 # attention in plain torch keeps a mask for each chunk.
 BOUND = 0.03
-# The most that a microbatch holds beside weights, gradients and optimizer. Measured: 3.8 % too much for 2 recomputed layers, 2.4 %
-# too little for context size 2, else below 2 %.
+# The most that a microbatch holds beside weights, gradients and optimizer. Measured: 3.8 % too much where 2 layers are
+# recomputed at a time, 2.4 % too little at context size 2, elsewhere below 2 %.
 PEAK_BOUND = 0.05
 
 
