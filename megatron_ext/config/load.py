@@ -1,7 +1,8 @@
 """Read a configuration dataclass: defaults < YAML file(s), left to right < command line.
 
 jsonargparse does the parsing; this module fixes its settings (the sentence under a field is its --help text),
-turns its errors into one line, and names the nearest key when one is unknown.
+turns its errors into one line, and names the nearest key when one is unknown. Only `load` imports it: code
+that is given its sections needs no parser.
 """
 
 import dataclasses
@@ -10,7 +11,6 @@ import re
 import typing
 from typing import Any, TypeVar
 
-import jsonargparse
 import yaml
 
 from megatron_ext.config.errors import InputError
@@ -29,8 +29,6 @@ REFUSED = {
 }
 """Keys that other stacks have and this one has not, for a reason."""
 
-jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
 
 def load(config_type: type[Config], argv: list[str], *, prog: str | None = None) -> Config:
     """The frozen dataclass `config_type` as `argv` (without the program's name) describes it.
@@ -40,6 +38,9 @@ def load(config_type: type[Config], argv: list[str], *, prog: str | None = None)
     Raises:
         InputError: an unknown key (with the nearest known one), a wrong type, an unreadable file.
     """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win.")
     parser.add_class_arguments(config_type, nested_key=None)

