@@ -107,6 +107,11 @@ def _set_adamw_states(self: Any, model_param: Any, tensors: dict[str, torch.Tens
             self.optimizer.state[main_param][name].copy_(tensors[name])
 
 
+def _of_utils(name: str) -> Callable[[Any], Any]:
+    """megatron-core's own implementation in plain torch, which it takes where Transformer Engine is not installed."""
+    return lambda original: getattr(importlib.import_module("megatron.core.utils"), name)
+
+
 def _under_cuda_type_names(original: Any) -> Any:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         with cuda_type_names():
@@ -175,9 +180,9 @@ TABLE = (
         test="tests/distributed/test_resume.py",
     ),
     Adaptation(
-        symbol="megatron.core.optimizer.Adam",
-        build=lambda original: torch.optim.AdamW,
-        upstream={"0.16.1": "optimizer/__init__.py:13", "0.19.2": "optimizer/__init__.py:14"},
+        symbol="megatron.core.optimizer.USING_PYTORCH_OPTIMIZER",
+        build=lambda original: True,
+        upstream={"0.16.1": "optimizer/__init__.py:359", "0.19.2": "optimizer/__init__.py:556"},
         why="where Transformer Engine is installed, its FusedAdam is taken, which computes on CUDA only",
         test="tests/gpu/test_decoder.py",
     ),
@@ -186,6 +191,27 @@ TABLE = (
         build=lambda original: False,
         upstream={"0.16.1": "optimizer/distrib_optimizer.py:640", "0.19.2": "optimizer/distrib_optimizer.py:837"},
         why="decides how Adam's step is saved and loaded; it must agree with the row above",
+        test="tests/gpu/test_decoder.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.clip_grads.multi_tensor_applier",
+        build=_of_utils("local_multi_tensor_applier"),
+        upstream={"0.16.1": "optimizer/clip_grads.py:12", "0.19.2": "optimizer/clip_grads.py:12"},
+        why="where Transformer Engine is installed, its kernels sum the gradient norm, on CUDA only",
+        test="tests/gpu/test_decoder.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.clip_grads.l2_norm_impl",
+        build=_of_utils("local_multi_tensor_l2_norm"),
+        upstream={"0.16.1": "optimizer/clip_grads.py:17", "0.19.2": "optimizer/clip_grads.py:18"},
+        why="goes with the row above",
+        test="tests/gpu/test_decoder.py",
+    ),
+    Adaptation(
+        symbol="megatron.core.optimizer.clip_grads.multi_tensor_scale_tensor_impl",
+        build=lambda original: None,
+        upstream={"0.19.2": "optimizer/clip_grads.py:20"},
+        why="where Transformer Engine is installed, the norm stays an fp32 tensor and is rounded otherwise",
         test="tests/gpu/test_decoder.py",
     ),
 )

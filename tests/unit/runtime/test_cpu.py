@@ -29,15 +29,17 @@ def test_every_module_of_megatron_core_sees_the_stand_in():
 
 
 def test_applying_twice_changes_nothing():
-    before = [vars(owner)[name] for row in cpu.TABLE[1:] for owner, name in cpu._owners(row.symbol)]
+    rows = [row for row in cpu.TABLE[1:] if cpu.check_version() in row.upstream]
+    before = [vars(owner)[name] for row in rows for owner, name in cpu._owners(row.symbol)]
     cpu.adapt_to_cpu()
-    assert [vars(owner)[name] for row in cpu.TABLE[1:] for owner, name in cpu._owners(row.symbol)] == before
+    assert [vars(owner)[name] for row in rows for owner, name in cpu._owners(row.symbol)] == before
 
 
 @pytest.mark.parametrize("row", cpu.TABLE, ids=lambda row: row.symbol)
 def test_every_row_names_supported_versions_a_symbol_and_a_test(row):
     assert set(row.upstream) <= set(cpu.SUPPORTED)
-    assert row.symbol == "*.torch" or all(name in vars(owner) for owner, name in cpu._owners(row.symbol))
+    if row.symbol != "*.torch" and cpu.check_version() in row.upstream:
+        assert all(name in vars(owner) for owner, name in cpu._owners(row.symbol))
     assert Path(row.test).is_file()
 
 
