@@ -126,6 +126,7 @@ class DecoderCheckpoint:
         _load_model(self.model, state["model"])
         self.inner.load_state_dict(state["optimizer"])
         for optimizer in self.inner.chained_optimizers:
+            complete_groups(optimizer.optimizer)
             unshare_adam_steps(optimizer.optimizer)
         self.saved_step = metadata["step"]
         return metadata["train_state"]
@@ -149,6 +150,20 @@ class DecoderCheckpoint:
         }
         optimizer_state = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         return {"model": model_state, "optimizer": optimizer_state}
+
+
+def complete_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Make the parameter groups of a load those of `optimizer`, which another Adam may have saved.
+
+    torch's `load_state_dict` puts the saved groups in the place of the optimizer's own. Those of torch's AdamW lack
+    the `bias_correction` that Transformer Engine's FusedAdam reads, and hold their step as a float, which its kernel
+    refuses. In the other direction torch's AdamW completes its groups itself (`Adam.__setstate__`).
+    """
+    for group in optimizer.param_groups:
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)
+        if "step" in group:
+            group["step"] = int(group["step"])
 
 
 def unshare_adam_steps(optimizer: torch.optim.Optimizer) -> None:
