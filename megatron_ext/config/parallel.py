@@ -15,8 +15,9 @@ class ParallelConfig:
     context_parallel_size: int = 1
     """Ranks that share the tokens of a window."""
 
-    cp_comm_type: Literal["p2p", "all_gather", "a2a", "a2a+p2p"] = "p2p"
-    """How Transformer Engine exchanges keys and values over the context axis; on a CPU they are all gathered."""
+    cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
+    """How Transformer Engine exchanges keys and values over the context axis: in a ring, all at once, or heads for
+    tokens (Ulysses). On a CPU they are always gathered."""
 
     sequence_parallel: bool = False
     """Split activations along the sequence across the tensor axis between the sharded matrix products."""

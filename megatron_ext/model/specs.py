@@ -32,6 +32,22 @@ class SequenceParallelRMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
+def check_modules(device: torch.device) -> None:
+    """Raise InputError where `device` needs Transformer Engine's modules and they do not import.
+
+    To be asked before a TransformerConfig is made: its own complaint is about a fusion that nobody chose.
+    """
+    if device.type == "cpu":
+        return
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"runtime.device is cuda and Transformer Engine does not import ({error}): "
+            "install transformer-engine[pytorch], or set runtime.device to cpu"
+        ) from None
+
+
 def layer_specs(config: TransformerConfig, device: torch.device) -> TransformerBlockSubmodules:
     """The decoder's layers and final norm for `device`."""
     if device.type == "cpu":
@@ -73,13 +89,6 @@ def _torch_layer(config: TransformerConfig) -> ModuleSpec:
 
 
 def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"runtime.device is cuda and Transformer Engine does not import ({error}): "
-            "install transformer-engine[pytorch], or set runtime.device to cpu"
-        ) from None
     from megatron.core.extensions.transformer_engine import TENorm
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 

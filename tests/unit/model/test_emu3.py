@@ -1,6 +1,7 @@
 """Presets have the published sizes; weights do not depend on the layout; shapes that cannot be are refused."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.model import build_model
 from megatron_ext.model.emu3 import Emu3Model, transformer_config
-from megatron_ext.model.specs import layer_specs
 from megatron_ext.plan import DecoderShape, pad_vocabulary
 from megatron_ext.runtime import Topology
 from megatron_ext.vocab import VocabLayout
@@ -68,9 +68,15 @@ def test_shapes_that_cannot_be_are_refused(changes, named):
         DecoderShape.of(ModelConfig(**changes))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the next line builds Transformer Engine's spec")
-def test_transformer_engine_is_asked_for_only_on_cuda(topology):
-    shape = DecoderShape.of(MODEL)
-    config = transformer_config(shape, ParallelConfig(), topology)
+def test_a_missing_transformer_engine_is_named(topology, monkeypatch):
+    """Before megatron-core complains about a fusion that nobody chose."""
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)  # what an import of it then raises is real
+    on_gpu = dataclasses.replace(topology, device=torch.device("cuda"), dtype=torch.bfloat16)
     with pytest.raises(InputError, match="Transformer Engine does not import"):
-        layer_specs(config, torch.device("cuda"))
+        build_model(MODEL, ParallelConfig(), LAYOUT, on_gpu, seed=1)
+
+
+def test_heads_that_cannot_be_dealt_to_context_ranks_are_refused(topology):
+    over_three = dataclasses.replace(topology, context_parallel_size=3)
+    with pytest.raises(InputError, match=r"cp_comm_type a2a deals the 4 query groups.* to 3 context ranks"):
+        build_model(MODEL, ParallelConfig(cp_comm_type="a2a", context_parallel_size=3), LAYOUT, over_three, seed=1)
