@@ -72,7 +72,8 @@ def rank_memory(
         gradients=4 * parameters.total,
         optimizer=(master + 4 + 4) * parameters.total * tensor / world_size,
         activations=tokens * (ends + kept),
-        head=tokens * number * shape.hidden_size + chunk * number + max(upcast, weight_gradient),
+        # The input's gradient adds up in fp32, a chunk's part of it beside.
+        head=tokens * (4 + number) * shape.hidden_size + chunk * number + max(upcast, weight_gradient),
         layer=tokens * (rebuilt - ends) + _layer_gradients(shape, tensor, number, tokens),
     )
 

@@ -51,9 +51,9 @@ def both_heads(sequence_parallel: bool, precision: str) -> dict[str, dict[str, t
 
     from megatron_ext.config.parallel import ParallelConfig
     from megatron_ext.config.runtime import RuntimeConfig
-    from megatron_ext.model import DecoderShape, pad_vocabulary
     from megatron_ext.model.emu3 import transformer_config
     from megatron_ext.model.lm_head import ChunkedHead
+    from megatron_ext.plan import DecoderShape, pad_vocabulary
     from megatron_ext.runtime import Topology
     from tests.support.decoding import MODEL
 
@@ -120,7 +120,7 @@ def results(request):
     return request.param, run_distributed(heads, request.param, CASES[request.param])
 
 
-# Measured, relative to the largest entry: losses 8e-8, gradients 1.0e-6 in fp32; in bf16 gradients 6e-3, one
+# Measured, relative to the largest entry: losses 8e-8, gradients 1.1e-6 in fp32; in bf16 gradients 6e-3, one
 # rounding of their own type.
 BOUNDS = {
     "fp32": {"loss": 1e-6, "hidden": 5e-6, "weight": 5e-6},
