@@ -135,7 +135,7 @@ class Theirs:
         from transformers import Emu3ForCausalLM, Emu3TextConfig
 
         from megatron_ext.hf.decoder import text_config
-        from megatron_ext.model import DecoderShape
+        from megatron_ext.plan import DecoderShape
 
         config = text_config(DecoderShape.of(case.model), case.layout, case.seq_length)
         self.model = Emu3ForCausalLM(Emu3TextConfig(**config, use_cache=False)).train()
