@@ -29,6 +29,7 @@ CASES = {
         "fp32": ({}, {}, "fp32", 1),
         "bf16": ({}, {}, "bf16", 1),
         "two windows": ({}, {}, "bf16", 2),
+        "wide": ({}, {"hidden_size": 1024, "num_layers": 1}, "bf16", 1),  # the head's weight is more than its logits
         "qk norm": ({}, {"qk_layernorm": True}, "bf16", 1),
         "hidden dropout": ({}, {"hidden_dropout": 0.1}, "bf16", 1),
         "attention dropout": ({}, {"attention_dropout": 0.1}, "fp32", 1),
