@@ -351,7 +351,7 @@ def main(argv: list[str]) -> None:
     output = Path(options.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     print("  ".join(f"{name:>{width}}" for name, width in COLUMNS.items()), flush=True)
-    rows = []
+    rows, failed = [], False
     for case in all_cases(options.seq_lengths, precisions):
         if options.only not in str(case):
             continue
@@ -360,7 +360,10 @@ def main(argv: list[str]) -> None:
         else:
             try:
                 row = measure(case, options)
+            except torch.OutOfMemoryError:  # a result, above all of those that hold the logits
+                row = dataclasses.asdict(case) | {"error": "out of memory"}
             except Exception as error:  # the others still count; the exit code tells
+                failed = True
                 traceback.print_exc()
                 reason = (str(error).splitlines() or [""])[0]
                 row = dataclasses.asdict(case) | {"error": f"{type(error).__name__}: {reason}"}
@@ -369,7 +372,7 @@ def main(argv: list[str]) -> None:
         temporary = output.with_suffix(".tmp")
         temporary.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")
         os.replace(temporary, output)
-    if any("error" in row for row in rows):
+    if failed:
         sys.exit(1)
 
 
