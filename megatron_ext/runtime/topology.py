@@ -159,11 +159,26 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=runtime.distributed_timeout_s)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend_for(device), timeout=timeout)
+    if "MASTER_ADDR" not in os.environ:
+        where = {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
+    elif _is_restarted_beside_old_keys():
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        where = {"store": store, "rank": rank, "world_size": world_size}
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        where = {}
+    dist.init_process_group(backend_for(device), timeout=timeout, **where)
+
+
+def _is_restarted_beside_old_keys() -> bool:
+    """Whether torchrun started these ranks again with the store of the ranks before them.
+
+    It keeps one store for all restarts (https://github.com/pytorch/pytorch/issues/135712): a rank would find the
+    address of a dead one under its peer's name, and wait for it.
+    """
+    environment = os.environ
+    is_restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return is_restart and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:
