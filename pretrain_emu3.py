@@ -41,7 +41,13 @@ def train(config: RunConfig) -> None:
     vocab = Vocabulary.load(config.vocab)
     with (
         Topology.start(config.runtime, config.parallel) as topology,
-        Run.open(config.observe, topology.is_main, config_yaml, total_steps=config.train.train_steps) as run,
+        Run.open(
+            config.observe,
+            topology.is_main,
+            config_yaml,
+            total_steps=config.train.train_steps,
+            environment=topology.environment,
+        ) as run,
     ):
         data = build_data(config.data, config.train, vocab, topology)
         objective = build_objective(config.objective, vocab.layout)

@@ -1,21 +1,23 @@
 """The decoder's checkpoints: megatron-core's dist_checkpointing in the folders of the store.
 
-step_XXXXXXXX/decoder/      weights, master weights and moments; any layout opens what any layout saved
+step_XXXXXXXX/decoder/      weights, master weights and moments
 step_XXXXXXXX/config.yaml   the run's configuration
 step_XXXXXXXX/vocabulary/   what rebuilds the vocabulary
 """
 
-import signal
+import pickle
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
+from megatron_ext.checkpoint.attempt import WEIGHTS, SaveAttempt, SaveOutcome
+from megatron_ext.checkpoint.room import check_room, checkpoint_bytes
+from megatron_ext.checkpoint.store import CheckpointStore, check_contents, damaged, read_metadata
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.errors import InputError
 from megatron_ext.model import Emu3Model
@@ -23,30 +25,33 @@ from megatron_ext.optim import Optimizer
 from megatron_ext.runtime import Topology
 from megatron_ext.vocab import Vocabulary
 
-WEIGHTS = "decoder"
 INHERITED = ("vocabulary", "model", "vision_tokenizer")
 """Identities that weights depend on; data may change when a new run begins with them."""
 
+SECONDS_BETWEEN_POLLS = 0.02
+
 
 def save_weights(folder: Path, model: Emu3Model, topology: Topology, vocab: Vocabulary, config_yaml: str) -> Path:
-    """Write a weights-only checkpoint (step 0) that checkpoint.init_from takes, into the store at `folder`."""
-    store = CheckpointStore(folder, 1, is_main=topology.is_main, barrier=topology.barrier, broadcast=topology.broadcast)
-    sharded = {"model": _model_state(model)}
-    return store.write(
-        0,
-        lambda body: _save(body, sharded, vocab, config_yaml, topology),
-        {"vocabulary": vocab.identity, "model": model.shape.identity},
-    )
+    """Write a weights-only checkpoint (step 0) that checkpoint.init_from takes, into the store at `folder`.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    store = CheckpointStore(folder, 1, from_main=topology.from_main, barrier=topology.barrier)
+    attempt = SaveAttempt(0, store, topology, timeout_s=float("inf"))
+    attempt.start({"model": _model_state(model)}, _beside_weights(vocab, config_yaml), in_background=False)
+    return _folder_of(attempt.poll({"vocabulary": vocab.identity, "model": model.shape.identity}))
 
 
 def load_weights(folder: Path, model: Emu3Model) -> None:
-    """Load a checkpoint's weights into `model`, whatever layout saved them. Optimizer state is left aside.
+    """Load a checkpoint's weights into `model`, in one process, whatever layout saved them; optimizer state is left
+    aside.
 
     Raises:
-        InputError: not a checkpoint, or the checkpoint of another model.
+        InputError: not a checkpoint, a damaged one, or the checkpoint of another model.
     """
-    state = _load(folder, {"model": _model_state(model)})
-    _load_model(model, state["model"])
+    check_contents(folder)
+    _load_model(model, _load(folder, {"model": _model_state(model)})["model"])
 
 
 class DecoderCheckpoint:
@@ -65,9 +70,8 @@ class DecoderCheckpoint:
         """`identities`: of all that a resume must find unchanged beside vocabulary and model: name -> identity."""
         self.section = section
         self.store = CheckpointStore(
-            run_folder / "checkpoints", section.keep,
-            is_main=topology.is_main, barrier=topology.barrier, broadcast=topology.broadcast,
-        )  # fmt: skip
+            run_folder / "checkpoints", section.keep, from_main=topology.from_main, barrier=topology.barrier
+        )
         self.model: Emu3Model = optimizer.model.module
         self.optimizer = optimizer
         self.inner = optimizer.inner
@@ -76,26 +80,57 @@ class DecoderCheckpoint:
         self.identities = {"vocabulary": vocab.identity, "model": self.model.shape.identity, **identities}
         self.config_yaml = config_yaml
         self.saved_step: int | None = None
-        _start_result_queue()
+        self._attempt: SaveAttempt | None = None
+        self._metadata: dict[str, Any] = {}
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after `step`."""
         return step % self.section.save_interval == 0
 
-    def save(self, step: int, state: dict[str, Any]) -> Path | None:
-        """Checkpoint weights, optimizer and `state` (JSON data). Returns the folder; None where `step` is saved
-        already."""
-        if step == self.saved_step:
-            return None
+    def check_room(self) -> None:
+        """Raise InputError, on every rank, where the disk has no room for the checkpoints that are kept."""
+        needed = checkpoint_bytes(self.model, self.topology.tensor_parallel_size)
+        self.topology.from_main(lambda: check_room(self.store.root, needed, self.section.keep))
+
+    def start_save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Begin to checkpoint weights, optimizer and `state` (JSON data) as they are now. `poll` or `finish` tells the
+        outcome; call one of them until it has, before the next start.
+        """
+        assert self._attempt is None
         self.optimizer.gather_weights()
+        sharded = self._sharded_state(self.section.optimizer_format, is_loading=False)
+        self._metadata = {
+            "train_state": dict(state),
+            "optimizer_format": self.section.optimizer_format,
+            "layout": self.topology.layout,
+            **self.identities,
+        }
+        self._attempt = SaveAttempt(step, self.store, self.topology, timeout_s=self.section.save_timeout_s)
+        self._attempt.start(
+            sharded, _beside_weights(self.vocab, self.config_yaml), in_background=self.section.async_save
+        )
 
-        def write(folder: Path) -> None:
-            sharded = self._sharded_state(is_loading=False)
-            _save(folder, sharded, self.vocab, self.config_yaml, self.topology)
+    def poll(self) -> SaveOutcome | None:
+        """The outcome of the save in progress, the same on every rank; None where there is none yet, or no save."""
+        outcome = None if self._attempt is None else self._attempt.poll(self._metadata)
+        if outcome is not None:
+            self._attempt = None
+            if outcome.folder is not None:
+                self.saved_step = outcome.step
+        return outcome
 
-        folder = self.store.write(step, write, {"train_state": state, **self.identities})
-        self.saved_step = step
-        return folder
+    def finish(self) -> SaveOutcome | None:
+        """`poll`, waiting for the writers; None where nothing is being saved."""
+        while self._attempt is not None:
+            if (outcome := self.poll()) is not None:
+                return outcome
+            time.sleep(SECONDS_BETWEEN_POLLS)
+        return None
+
+    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+        """Save and wait. Raises OSError where it fails."""
+        self.start_save(step, state)
+        return _folder_of(self.finish())
 
     def load_latest(self) -> dict[str, Any] | None:
         """Restore the run's newest checkpoint and return its `state`; None where the run has none.
@@ -104,32 +139,50 @@ class DecoderCheckpoint:
             InputError: the checkpoint is damaged, or belongs to another model or vocabulary.
         """
         # One rank looks, all follow: on a network file system the others may still see an older `latest`.
-        folder = self.topology.broadcast(self.store.latest() if self.topology.is_main else None)
-        return None if folder is None else self._restore(folder)
-
-    def load_initial(self, folder: Path) -> None:
-        """Take only the weights of a step_XXXXXXXX folder.
-
-        Raises:
-            InputError: no complete checkpoint, or one of another model or vocabulary.
-        """
-        self._check_identities(folder, read_metadata(folder), INHERITED)
-        load_weights(folder, self.model)
-
-    def _restore(self, folder: Path) -> dict[str, Any]:
-        metadata = read_metadata(folder)
-        self._check_identities(folder, metadata, tuple(self.identities))
-        for optimizer in self.inner.chained_optimizers:
-            # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
-            optimizer._init_optimizer_states_with_dummy_values()
-        state = _load(folder, self._sharded_state(is_loading=True))
-        _load_model(self.model, state["model"])
-        self.inner.load_state_dict(state["optimizer"])
-        for optimizer in self.inner.chained_optimizers:
-            complete_groups(optimizer.optimizer)
-            unshare_adam_steps(optimizer.optimizer)
+        folder = self.topology.from_main(self.store.latest)
+        if folder is None:
+            return None
+        metadata = self._open(folder, tuple(self.identities))
+        self._restore_all(folder, metadata)
         self.saved_step = metadata["step"]
         return metadata["train_state"]
+
+    def load_initial(self, folder: Path, *, with_optimizer: bool) -> None:
+        """Take the weights of a step_XXXXXXXX folder, and the optimizer's moments where asked.
+
+        Raises:
+            InputError: no complete checkpoint, one of another model or vocabulary, or one without moments.
+        """
+        metadata = self._open(folder, INHERITED)
+        if not with_optimizer:
+            _load_model(self.model, _load(folder, {"model": _model_state(self.model)})["model"])
+            self.inner.reload_model_params()  # its master weights are copies
+        elif "train_state" in metadata:
+            self._restore_all(folder, metadata)
+        else:
+            raise InputError(
+                f"checkpoint.init_optimizer is true and checkpoint.init_from {str(folder)!r} holds weights only: "
+                "set checkpoint.init_optimizer to false"
+            )
+
+    def _open(self, folder: Path, names: Sequence[str]) -> dict[str, Any]:
+        """The metadata of a checkpoint that is whole and fits this run by its identities `names`; agreed by all
+        ranks."""
+
+        def read() -> dict[str, Any]:
+            metadata = read_metadata(folder)
+            self._check_identities(folder, metadata, names)
+            return metadata
+
+        metadata = self.topology.from_main(read)
+        damage = None
+        try:
+            check_contents(folder, part=self.topology.rank, parts=self.topology.world_size)
+        except InputError as error:
+            damage = error
+        if self.topology.any(damage is not None):
+            raise damage or damaged(folder, "another rank found a file that is not what was written")
+        return metadata
 
     def _check_identities(self, folder: Path, metadata: dict[str, Any], names: Sequence[str]) -> None:
         for name in names:
@@ -140,15 +193,36 @@ class DecoderCheckpoint:
                     "the checkpoint was trained with, or start another observe.run_dir"
                 )
 
-    def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:
+    def _restore_all(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Weights and optimizer, whatever `checkpoint.optimizer_format` they were saved in."""
+        saved_as = metadata.get("optimizer_format", "fully_reshardable")  # the only one of format 1
+        _check_tensor_size(folder, saved_as, metadata, self.topology)
+        optimizers = self.inner.chained_optimizers
+        hyperparameters = [_hyperparameters(group) for group in self.inner.param_groups]
+        for optimizer in optimizers:
+            # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
+            optimizer._init_optimizer_states_with_dummy_values()
+        state = _load(folder, self._sharded_state(saved_as, is_loading=True))
+        _load_model(self.model, state["model"])
+        self.inner.load_state_dict(state["optimizer"])
+        for optimizer in optimizers:
+            complete_groups(optimizer.optimizer)
+            unshare_adam_steps(optimizer.optimizer)
+        for group, configured in zip(self.inner.param_groups, hyperparameters, strict=True):
+            group.update(configured)
+
+    def _sharded_state(self, optimizer_format: str, *, is_loading: bool) -> dict[str, Any]:
         model_state = _model_state(self.model)
         metadata = {
-            "distrib_optim_sharding_type": "fully_reshardable",
-            # Gathers over gloo to data rank 0 in host memory: works without a GPU, and spares the memory of one.
+            "distrib_optim_sharding_type": optimizer_format,
+            # Gathers to data rank 0 in host memory: works without a GPU, and spares the memory of one.
             "distrib_optim_fully_reshardable_mem_efficient": True,
             "dp_cp_group": self.topology.groups.dp_cp,
         }
         optimizer_state = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        if optimizer_state["param_state"] is None:
+            # Gathered elsewhere. Left in, it would count as a value that differs from rank 0's, and be warned of.
+            del optimizer_state["param_state"]
         return {"model": model_state, "optimizer": optimizer_state}
 
 
@@ -171,28 +245,54 @@ def unshare_adam_steps(optimizer: torch.optim.Optimizer) -> None:
 
     megatron-core 0.16.1 (distrib_optimizer.py:821) and 0.19.2 (:1027) store ONE tensor as the step of all parameters;
     torch's AdamW then advances it once per parameter, and bias correction is silently wrong from the first resumed
-    step on.
+    step on (docs/upstream_adam_step.md).
     """
     for state in optimizer.state.values():
         if "step" in state:
             state["step"] = state["step"].clone()
 
 
-def _save(folder: Path, sharded: dict[str, Any], vocab: Vocabulary, config_yaml: str, topology: Topology) -> None:
-    body = folder / WEIGHTS
-    if topology.is_main:
-        body.mkdir()
+def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
+    """What a group has from the configuration, which a load would replace by what the checkpoint was trained with."""
+    return {name: group[name] for name in ("betas", "eps") if name in group}
+
+
+def _check_tensor_size(folder: Path, saved_as: str, metadata: dict[str, Any], topology: Topology) -> None:
+    saved = metadata.get("layout", {}).get("tensor_parallel_size")
+    if saved_as == "dp_reshardable" and saved != topology.tensor_parallel_size:
+        raise InputError(
+            f"{folder} was saved with checkpoint.optimizer_format dp_reshardable at "
+            f"parallel.tensor_model_parallel_size {saved}, this run has {topology.tensor_parallel_size}: go on with "
+            f"{saved}, and to change it save once with checkpoint.optimizer_format fully_reshardable"
+        )
+
+
+def _beside_weights(vocab: Vocabulary, config_yaml: str) -> Any:
+    """What the main rank adds to a checkpoint's folder."""
+
+    def prepare(folder: Path) -> None:
         (folder / "config.yaml").write_text(config_yaml, encoding="utf-8")
         vocab.save(folder / "vocabulary")
-    topology.barrier()
-    dist_checkpointing.save(sharded, str(body))
+
+    return prepare
+
+
+def _folder_of(outcome: SaveOutcome) -> Path:
+    if outcome.folder is None:
+        raise OSError(f"checkpoint of step {outcome.step} was not saved: {outcome.failure}")
+    return outcome.folder
 
 
 def _load(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
-    read_metadata(folder)
     try:
         return dist_checkpointing.load(sharded, str(Path(folder) / WEIGHTS))
-    except (CheckpointException, dist_checkpointing.core.CheckpointingException, KeyError) as error:
+    except (
+        CheckpointException,
+        dist_checkpointing.core.CheckpointingException,
+        KeyError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         raise InputError(
             f"{folder} does not fit this run ({reason}): use the model and vocabulary of its folder"
@@ -211,17 +311,3 @@ def _load_model(model: Emu3Model, state: dict[str, Any]) -> None:
     result = model.load_state_dict({name.removeprefix("model."): value for name, value in state.items()}, strict=False)
     missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
     assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
-
-
-def _start_result_queue() -> None:
-    """Start megatron-core's queue process for write results (filesystem_async.py) deaf to SIGTERM.
-
-    torchrun forwards SIGTERM to the whole process group. The queue lives as long as the run; killed by the signal that
-    asks for a last checkpoint, it would take that checkpoint with it.
-    """
-    start = getattr(filesystem_async, "get_write_results_queue", None) or filesystem_async._get_write_results_queue
-    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        start()
-    finally:
-        signal.signal(signal.SIGTERM, previous)

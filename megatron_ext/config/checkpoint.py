@@ -1,11 +1,12 @@
-"""Section `checkpoint`: when to save, what to keep, where weights come from."""
+"""Section `checkpoint`: when and how to save, what to keep, where weights come from."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, what to keep, where weights come from."""
+    """When and how to save, what to keep, where weights come from."""
 
     save_interval: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -13,5 +14,18 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints to keep; older ones are removed after a newer one is complete."""
 
+    async_save: bool = True
+    """Write checkpoints in a process of their own while training goes on; false: training waits for the files."""
+
+    save_timeout_s: float = 1800.0
+    """Seconds until a checkpoint still being written is given up; the next due step, or the end, tries again."""
+
+    optimizer_format: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
+    """fully_reshardable: opens on any layout, gathered on data rank 0 to save. dp_reshardable: written by every rank
+    without gathering, for large runs; opens on the same tensor_model_parallel_size only."""
+
     init_from: str | None = None
     """Checkpoint, run or Hugging Face folder whose weights start a new run; ignored once the run has a checkpoint."""
+
+    init_optimizer: bool = False
+    """Take the moments of Adam from init_from too (a checkpoint, not a Hugging Face folder); false: weights only."""

@@ -195,6 +195,16 @@ RULES = (
         lambda c, n: c.checkpoint.save_interval < 1,
         lambda c, n: f"checkpoint.save_interval {c.checkpoint.save_interval}: use at least 1",
     ),
+    Rule(
+        lambda c, n: not c.checkpoint.save_timeout_s > 0,
+        lambda c, n: f"checkpoint.save_timeout_s {c.checkpoint.save_timeout_s}: use more than 0 seconds",
+    ),
+    Rule(
+        lambda c, n: c.checkpoint.init_optimizer and c.checkpoint.init_from is None,
+        lambda c, n: (
+            "checkpoint.init_optimizer is true without checkpoint.init_from: name the checkpoint, or set it to false"
+        ),
+    ),
 )
 
 

@@ -41,9 +41,15 @@ class Run:
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, observe: ObserveConfig, is_main: bool, config_yaml: str, *, total_steps: int | None = None
+        cls,
+        observe: ObserveConfig,
+        is_main: bool,
+        config_yaml: str,
+        *,
+        total_steps: int | None = None,
+        environment: Mapping[str, Any] | None = None,
     ) -> Iterator["Run"]:
-        """Open the run folder and log event `start` with the configuration.
+        """Open the run folder and log event `start`: configuration, and `environment` (versions, threads, layout).
 
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
@@ -51,7 +57,7 @@ class Run:
         if is_main:
             Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
         run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
-        run.log_event("start", config=yaml.safe_load(config_yaml))
+        run.log_event("start", environment=environment or {}, config=yaml.safe_load(config_yaml))
         try:
             yield run
         except BaseException as error:

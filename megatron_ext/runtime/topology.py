@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,24 @@ class Topology:
         """Whether this rank writes what only one may write."""
         return self.rank == 0
 
+    @property
+    def layout(self) -> dict[str, int]:
+        """The sizes of the parallel axes."""
+        names = ("tensor_parallel_size", "context_parallel_size", "data_parallel_size")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What two starts must have in common to compute the same bits."""
+        return {
+            "torch": torch.__version__,
+            "megatron_core": check_version(),
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "world_size": self.world_size,
+            "layout": self.layout,
+        }
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world_size > 1:
@@ -68,6 +86,27 @@ class Topology:
         if self.world_size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+    def from_main(self, compute: Callable[[], Any]) -> Any:
+        """What `compute()` returns on rank 0, on every rank; an InputError or OSError of it is raised on every rank."""
+        outcome = None
+        if self.is_main:
+            try:
+                outcome = compute()
+            except (InputError, OSError) as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, InputError | OSError):
+            raise outcome
+        return outcome
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's `value` in rank order, on rank 0; None elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on at least one rank; the same answer everywhere."""
@@ -120,11 +159,26 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=runtime.distributed_timeout_s)
-    if "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend_for(device), timeout=timeout)
+    if "MASTER_ADDR" not in os.environ:
+        where = {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
+    elif _is_restarted_beside_old_keys():
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
+        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        where = {"store": store, "rank": rank, "world_size": world_size}
     else:
-        store = dist.HashStore()
-        dist.init_process_group(backend_for(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
+        where = {}
+    dist.init_process_group(backend_for(device), timeout=timeout, **where)
+
+
+def _is_restarted_beside_old_keys() -> bool:
+    """Whether torchrun started these ranks again with the store of the ranks before them.
+
+    It keeps one store for all restarts (https://github.com/pytorch/pytorch/issues/135712): a rank would find the
+    address of a dead one under its peer's name, and wait for it.
+    """
+    environment = os.environ
+    is_restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return is_restart and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:

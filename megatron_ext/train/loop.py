@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from megatron_ext.checkpoint.attempt import SaveOutcome
 from megatron_ext.checkpoint.decoder import DecoderCheckpoint
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.train import TrainConfig
@@ -18,6 +19,9 @@ from megatron_ext.runtime.device import peak_memory_bytes, synchronize
 from megatron_ext.train.garbage import collected_every
 from megatron_ext.train.state import TrainState
 from megatron_ext.train.step import MicrobatchRunner
+
+LAST_ATTEMPTS = 2
+"""At the last step of a start nothing comes after that could try again."""
 
 
 class Trainer:
@@ -59,14 +63,15 @@ class Trainer:
                 with profiler.step(state.step + 1):
                     state = self._train_step(state)
                 collect(state.step)
+                self._report(self.checkpoint.poll())
                 if self.train.eval_interval and state.step % self.train.eval_interval == 0:
                     self._evaluate(state)
                 if reason := stopping.reason(state.step):
                     self.run.log_event("stop", step=state.step, reason=reason)
                     break
                 if self.checkpoint.is_due(state.step):
-                    self._save(state)
-            self._save(state)
+                    self._start_save(state)
+            self._save_last(state)
         return state
 
     def _dry_step(self, state: TrainState) -> None:
@@ -84,6 +89,7 @@ class Trainer:
         losses = self.runner.run(microbatches, self.data.train.dataset_names, step=state.step)
         result = self.optimizer.step(state.step + 1)
         if not math.isfinite(result.grad_norm):
+            self._report(self.checkpoint.finish())
             keys = sorted({key for window in self.data.train.keys(state.consumed_samples) for key in window})
             raise InputError(
                 f"step {state.step + 1} has gradient norm {result.grad_norm} and loss {losses['loss']}, on documents "
@@ -127,9 +133,31 @@ class Trainer:
         named = {f"valid_{name}": value for name, value in losses.items()}
         self.run.log_metrics({"step": state.step, **named, "timing": {"eval_seconds": time.perf_counter() - started}})
 
-    def _save(self, state: TrainState) -> None:
-        started = time.perf_counter()
-        folder = self.checkpoint.save(state.step, state.as_dict())
-        if folder is not None:
-            seconds = round(time.perf_counter() - started, 3)
-            self.run.log_event("save", step=state.step, folder=folder.name, seconds=seconds)
+    def _start_save(self, state: TrainState) -> None:
+        """Begin to save, once the save before is over."""
+        self._report(self.checkpoint.finish())
+        self.checkpoint.start_save(state.step, state.as_dict())
+
+    def _save_last(self, state: TrainState) -> None:
+        """Save the state reached, unless it is, and wait for it; with a second attempt where the first fails."""
+        self._report(self.checkpoint.finish())
+        for _ in range(LAST_ATTEMPTS):
+            if self.checkpoint.saved_step != state.step:
+                self._start_save(state)
+                self._report(self.checkpoint.finish())
+        if self.checkpoint.saved_step != state.step:
+            raise OSError(f"step {state.step} could not be saved: the events save_failed in events.jsonl say why")
+
+    def _report(self, outcome: SaveOutcome | None) -> None:
+        """Log how a save ended, where one has."""
+        if outcome is None:
+            return
+        took = {"seconds": outcome.seconds, "blocked_seconds": outcome.blocked_seconds}
+        if outcome.folder is not None:
+            self.run.log_event("save", step=outcome.step, folder=outcome.folder.name, **took)
+        else:
+            self.run.log_event("save_failed", step=outcome.step, reason=outcome.failure, **took)
+            self.run.console.print(
+                f"step {outcome.step} was not saved ({outcome.failure}): the next due step tries again",
+                markup=False, soft_wrap=True,
+            )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint import store as store_module
-from megatron_ext.checkpoint.store import CheckpointStore, latest_checkpoint, read_metadata
+from megatron_ext.checkpoint.manifest import FileRecord
+from megatron_ext.checkpoint.store import CheckpointStore, check_contents, latest_checkpoint, read_metadata
 from megatron_ext.config import InputError
 
 
@@ -62,29 +64,103 @@ def test_keep_below_one_is_refused(tmp_path):
         CheckpointStore(tmp_path, keep=0)
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest", "version", "garbage"])
-def test_incomplete_or_unknown_folders_are_refused_by_name(tmp_path, damage):
-    folder = CheckpointStore(tmp_path, keep=1).write(5, write_weights, {})
-    manifest = folder / "manifest.json"
-    if damage == "missing":
-        (folder / "shards" / "rank_0.bin").unlink()
-    elif damage == "short":
-        (folder / "shards" / "rank_0.bin").write_bytes(b"wei")
-    elif damage == "manifest":
+def damage(folder: Path, kind: str) -> None:
+    weights, manifest = folder / "shards" / "rank_0.bin", folder / "manifest.json"
+    content = json.loads(manifest.read_text())
+    if kind == "missing":
+        weights.unlink()
+    elif kind == "short":
+        weights.write_bytes(b"wei")
+    elif kind == "manifest":
         manifest.unlink()
-    elif damage == "version":
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 99}))
+    elif kind == "version":
+        manifest.write_text(json.dumps({**content, "format_version": 99}))
+    elif kind == "foreign":
+        manifest.write_text(json.dumps({"step": 5}))
     else:
         manifest.write_text("{")
-    with pytest.raises(InputError, match="step_00000005"):
+
+
+@pytest.mark.parametrize("kind", ["missing", "short", "manifest", "version", "foreign", "garbage"])
+def test_damaged_and_foreign_folders_are_refused_by_name_and_the_one_before_is_offered(tmp_path, kind):
+    store = CheckpointStore(tmp_path, keep=3)
+    for step in (3, 4, 5):
+        store.write(step, write_weights, {})
+    damage(tmp_path / "step_00000005", kind)
+    damage(tmp_path / "step_00000004", "short")
+    with pytest.raises(InputError, match="step_00000005") as refusal:
+        latest_checkpoint(tmp_path)
+    assert "\n" not in str(refusal.value)
+    offered = re.search("run `(.+)`", str(refusal.value))[1]
+    subprocess.run(offered, shell=True, check=True)
+    assert latest_checkpoint(tmp_path).name == "step_00000003"
+
+
+def test_without_another_complete_checkpoint_none_is_offered(tmp_path):
+    damage(CheckpointStore(tmp_path, keep=1).write(5, write_weights, {}), "short")
+    with pytest.raises(InputError, match=r"rank_0.bin has 3 bytes, not 7; there is no complete checkpoint beside it"):
         latest_checkpoint(tmp_path)
 
 
-def test_latest_that_names_nothing_lists_what_is_there(tmp_path):
+def test_latest_that_names_nothing_offers_what_is_there(tmp_path):
     CheckpointStore(tmp_path, keep=2).write(5, write_weights, {})
     (tmp_path / "latest").write_text("step_00000009\n")
-    with pytest.raises(InputError, match=r"'step_00000009', which is not there: .*step_00000005"):
+    with pytest.raises(InputError, match=r"'step_00000009', which is not there; step_00000005 beside it is complete"):
         latest_checkpoint(tmp_path)
+
+
+def test_one_changed_byte_is_found(tmp_path):
+    folder = CheckpointStore(tmp_path, keep=1).write(5, write_weights, {})
+    check_contents(folder)
+    (folder / "shards" / "rank_0.bin").write_bytes(b"weightz")
+    read_metadata(folder)  # sizes are right
+    with pytest.raises(InputError, match="shards/rank_0.bin is not what was written"):
+        check_contents(folder)
+
+
+def test_ranks_share_the_reading(tmp_path):
+    """Every file is read by one of three ranks."""
+    folder = CheckpointStore(tmp_path, keep=1).write(
+        5, lambda made: [(made / f"{name}.bin").write_bytes(b"x") for name in range(7)], {}
+    )
+    for name in range(7):
+        (folder / f"{name}.bin").write_bytes(b"y")
+        found = []
+        for rank in range(3):
+            try:
+                check_contents(folder, part=rank, parts=3)
+            except InputError:
+                found.append(rank)
+        (folder / f"{name}.bin").write_bytes(b"x")
+        assert len(found) == 1
+
+
+def test_format_1_is_still_read(tmp_path):
+    """As the first version wrote it: sizes, no checksums."""
+    folder = tmp_path / "step_00000007"
+    folder.mkdir()
+    write_weights(folder)
+    manifest = {"format_version": 1, "step": 7, "metadata": {"a": 1}, "files": {"shards/rank_0.bin": 7}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "latest").write_text("step_00000007\n")
+    assert read_metadata(latest_checkpoint(tmp_path)) == {"a": 1, "step": 7}
+    check_contents(folder)
+    CheckpointStore(tmp_path, keep=2).write(8, write_weights, {})
+    assert names(tmp_path) == {"step_00000007", "step_00000008", "latest"}
+
+
+def test_what_a_writer_says_of_its_files_is_checked(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1)
+    partial = store.begin(1)
+    write_weights(partial)
+    with pytest.raises(OSError, match="has 7 bytes here, and its writer wrote 8"):
+        store.commit(partial, 1, {}, {"shards/rank_0.bin": FileRecord(8, 0)})
+    with pytest.raises(OSError, match="has None bytes here"):
+        store.commit(partial, 1, {}, {"shards/rank_1.bin": FileRecord(7, 0)})
+    assert store.latest() is None
+    known = FileRecord(7, 123)
+    folder = store.commit(partial, 1, {}, {"shards/rank_0.bin": known})
+    assert json.loads((folder / "manifest.json").read_text())["files"] == {"shards/rank_0.bin": vars(known)}
 
 
 @pytest.mark.parametrize("call", ["rename", "replace", "fsync"])
@@ -142,19 +218,19 @@ def test_kill_inside_the_writer_leaves_the_previous_checkpoint(tmp_path):
 
 
 def test_other_ranks_write_into_the_main_ranks_folder(tmp_path):
-    """Two stores of one group, run in turn: the other rank gets the folder's name by broadcast and never publishes."""
+    """Two stores of one group, run in turn: the other rank is told the folder, and neither begins nor commits."""
     sent = []
 
-    def send(name: str) -> str:
-        sent.append(name)
-        return name
+    def send(compute):
+        sent.append(compute())
+        return sent[-1]
 
-    other = CheckpointStore(tmp_path, keep=1, is_main=False, broadcast=lambda name: sent[0])
+    other = CheckpointStore(tmp_path, keep=1, from_main=lambda compute: sent[-1])
 
     def main_writer(folder: Path) -> None:
         write_weights(folder)
-        other.write(3, lambda shared: (shared / "rank_1.bin").write_bytes(b"more"), {})
+        (other.begin(3) / "rank_1.bin").write_bytes(b"more")
 
-    folder = CheckpointStore(tmp_path, keep=1, broadcast=send).write(3, main_writer, {"world_size": 2})
-    assert (folder / "rank_1.bin").read_bytes() == b"more"
+    folder = CheckpointStore(tmp_path, keep=1, from_main=send).write(3, main_writer, {"world_size": 2})
+    assert other.commit(sent[0], 3, {}) == folder == tmp_path / "step_00000003"
     assert set(json.loads((folder / "manifest.json").read_text())["files"]) == {"rank_1.bin", "shards/rank_0.bin"}

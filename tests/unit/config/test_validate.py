@@ -51,6 +51,8 @@ BROKEN = [
     ({"train.manual_gc_interval": -1}, 1, "train.manual_gc_interval -1"),
     ({"train.exit_duration": -0.5}, 1, "train.exit_duration -0.5"),
     ({"checkpoint.save_interval": 0}, 1, "checkpoint.save_interval 0"),
+    ({"checkpoint.save_timeout_s": 0.0}, 1, "checkpoint.save_timeout_s 0.0"),
+    ({"checkpoint.init_optimizer": True}, 1, "checkpoint.init_optimizer is true without checkpoint.init_from"),
 ]
 
 
