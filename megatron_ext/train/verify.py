@@ -26,7 +26,7 @@ from megatron_ext.model.initialize import VOCABULARY, shard
 from megatron_ext.objectives import build_objective
 from megatron_ext.observe.progress import progress
 from megatron_ext.optim import build_optimizer
-from megatron_ext.runtime import Topology
+from megatron_ext.runtime import Topology, check_layout
 from megatron_ext.train.step import MicrobatchRunner
 from megatron_ext.vocab import VocabLayout
 
@@ -163,7 +163,17 @@ def _shorten(config: RunConfig, world_size: int) -> RunConfig:
 
 
 def verify(config: RunConfig, world_size: int, steps: int, layout: VocabLayout, console: Console) -> Verification:
-    """Train the narrowed configuration alone and in its layout, and compare. Every rank calls this."""
+    """Train the narrowed configuration alone and in its layout, and compare. Every rank calls this.
+
+    Raises:
+        InputError: a precision whose rounding is too coarse to compare, or a layout that cannot be.
+    """
+    if config.runtime.precision not in BOUNDS:
+        raise InputError(
+            f"runtime.precision {config.runtime.precision} rounds so coarsely that a wrong layout would not show: "
+            "verify with --runtime.precision bf16, the layout is the same"
+        )
+    check_layout(config.parallel, world_size)
     small = narrow(config, world_size, steps)
     with Topology.alone(small.runtime) as topology:
         plain = dataclasses.replace(small, parallel=ParallelConfig())
