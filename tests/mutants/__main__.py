@@ -28,7 +28,7 @@ class Outcome:
     """What the tests said."""
 
     first_failure: str | None
-    """id of the first test that failed; None where all passed."""
+    """id of the first test that failed, or could not be set up; None where all passed."""
 
     seconds: float
 
@@ -75,10 +75,11 @@ def run_tests(tree: Path, tests: Sequence[str]) -> Outcome:
         raise BrokenMutant(f"the tests {', '.join(tests)} did not end within {TIMEOUT_S} s") from None
     finally:
         end_session(process)
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
+    failed = re.search(r"^(FAILED|ERROR) (\S+)", output, flags=re.MULTILINE)
     if process.returncode not in (0, 1) or (process.returncode == 1) != bool(failed):
         raise BrokenMutant(f"pytest {' '.join(tests)} ended with {process.returncode}:\n{output[-2000:]}")
-    return Outcome(failed[1] if failed else None, time.monotonic() - started)
+    by = failed and failed[2] + (" (in its setup)" if failed[1] == "ERROR" else "")
+    return Outcome(by, time.monotonic() - started)
 
 
 def end_session(process: subprocess.Popen) -> None:
