@@ -21,11 +21,12 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.validate import validate
 from megatron_ext.data import Loader, RandomDocuments
-from megatron_ext.model import DecoderShape, Emu3Model, build_model
+from megatron_ext.model import Emu3Model, build_model
 from megatron_ext.model.initialize import VOCABULARY, shard
 from megatron_ext.objectives import build_objective
 from megatron_ext.observe.progress import progress
 from megatron_ext.optim import build_optimizer
+from megatron_ext.plan import DecoderShape
 from megatron_ext.runtime import Topology, check_layout
 from megatron_ext.train.step import MicrobatchRunner
 from megatron_ext.vocab import VocabLayout

@@ -11,7 +11,7 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.config.validate import validate
-from megatron_ext.model import DecoderShape
+from megatron_ext.plan import DecoderShape
 from megatron_ext.train.verify import narrow
 
 EMU3_STAGE_2 = RunConfig(
