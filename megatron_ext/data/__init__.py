@@ -5,6 +5,7 @@ from megatron_ext.data.indexed import KINDS, DocumentDataset, DocumentWriter, Ma
 from megatron_ext.data.loader import BatchTopology, Data, Loader, build_data
 from megatron_ext.data.order import Blend, Permutation
 from megatron_ext.data.packing import PackedIndex, Spans, pack, pack_reference
+from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset, Window
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "PackedDataset",
     "PackedIndex",
     "Permutation",
+    "RandomDocuments",
     "Spans",
     "Window",
     "build_data",

@@ -17,6 +17,7 @@ from megatron_ext.config.data import DataConfig, DatasetConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.batch import Batch, collate, slice_for_context
 from megatron_ext.data.order import Blend
+from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset
 from megatron_ext.vocab import Vocabulary
 
@@ -35,7 +36,7 @@ class Loader:
 
     def __init__(
         self,
-        datasets: Sequence[PackedDataset],
+        datasets: Sequence[PackedDataset | RandomDocuments],
         weights: Sequence[float],
         *,
         attention_scope: str,
@@ -43,7 +44,7 @@ class Loader:
         topology: BatchTopology,
     ):
         self.datasets = tuple(datasets)
-        self.dataset_names = _short_names([str(dataset.documents.prefix) for dataset in datasets])
+        self.dataset_names = _short_names([dataset.name for dataset in datasets])
         self._blend = Blend(weights, [len(dataset) for dataset in datasets], train.seed, self.dataset_names)
         self._attention_scope = attention_scope
         self._train = train

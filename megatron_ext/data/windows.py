@@ -79,6 +79,11 @@ class PackedDataset:
             boundaries.append(self.seq_length)
         return Window(ids, labels, mask, np.array(boundaries))
 
+    @property
+    def name(self) -> str:
+        """Path of the indexed dataset, without suffix."""
+        return str(self.documents.prefix)
+
     def keys(self, window: int) -> tuple[str, ...]:
         """Source keys of a window's pieces, in order."""
         return tuple(self.documents.sidecar.key(self.index.piece_document[piece]) for piece in self._pieces(window))

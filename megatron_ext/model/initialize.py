@@ -33,11 +33,11 @@ def initialize_weights(model: torch.nn.Module, *, std: float, vocab_size: int, s
             full[:vocab_size].normal_(0.0, std, generator=generator)
         else:
             full = torch.empty(shape).normal_(0.0, std, generator=generator)
-        parameter.copy_(_shard(full, name, parameter.partition_dim, rank, size) if sharded else full)
+        parameter.copy_(shard(full, name, parameter.partition_dim, rank, size) if sharded else full)
 
 
-def _shard(full: Tensor, name: str, dim: int, rank: int, size: int) -> Tensor:
-    """This rank's part; the gate and the up half of the SwiGLU matrix are each divided."""
+def shard(full: Tensor, name: str, dim: int, rank: int, size: int) -> Tensor:
+    """Tensor rank `rank`'s part of a parameter; the gate and the up half of the SwiGLU matrix are each divided."""
     if name.endswith(GATED):
         gate, up = full.chunk(2)
         return torch.cat((gate.chunk(size)[rank], up.chunk(size)[rank]))

@@ -117,38 +117,51 @@ class Topology:
         return bool(seen.item())
 
     @staticmethod
-    @contextlib.contextmanager
-    def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> Iterator["Topology"]:
+    def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> contextlib.AbstractContextManager["Topology"]:
         """Join the ranks that torchrun started (one process without it) and lay the parallel axes over them.
 
         Raises:
             InputError: the parallel sizes do not divide the world size, or the device is not to be had.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        check_layout(parallel, world_size)
-        device = choose_device(runtime, local_rank)
-        check_version()
-        if device.type == "cpu":
-            adapt_to_cpu()
-        set_threads(runtime, device, local_world_size)
-        bind(device)
-        if runtime.deterministic:
-            make_deterministic(device)
-        _join(runtime, device, rank, world_size)
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-                context_parallel_size=parallel.context_parallel_size,
-                distributed_timeout_minutes=runtime.distributed_timeout_s / 60,
-            )
-            yield _describe(runtime, device)
-            # gloo aborts the process when a peer is gone before its last message was read: leave together.
-            dist.barrier()
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+        return _laid_out(runtime, parallel, rank, world_size)
+
+    @staticmethod
+    def alone(runtime: RuntimeConfig) -> contextlib.AbstractContextManager["Topology"]:
+        """This process by itself, also among ranks that torchrun started: what one process computes, on each of them.
+
+        Raises:
+            InputError: the device is not to be had.
+        """
+        return _laid_out(runtime, ParallelConfig(), rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Topology]:
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    check_layout(parallel, world_size)
+    device = choose_device(runtime, local_rank)
+    check_version()
+    if device.type == "cpu":
+        adapt_to_cpu()
+    set_threads(runtime, device, local_world_size)
+    bind(device)
+    if runtime.deterministic:
+        make_deterministic(device)
+    _join(runtime, device, rank, world_size)
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=runtime.distributed_timeout_s / 60,
+        )
+        yield _describe(runtime, device)
+        # gloo aborts the process when a peer is gone before its last message was read: leave together.
+        dist.barrier()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
@@ -159,7 +172,7 @@ def check_layout(parallel: ParallelConfig, world_size: int) -> None:
 
 def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: int) -> None:
     timeout = datetime.timedelta(seconds=runtime.distributed_timeout_s)
-    if "MASTER_ADDR" not in os.environ:
+    if world_size == 1:  # meets nobody, and leaves the launcher's store untouched
         where = {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
     elif _is_restarted_beside_old_keys():
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)

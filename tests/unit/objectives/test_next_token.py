@@ -41,6 +41,9 @@ def test_the_label_decides_not_the_input():
     objective = NextToken(ObjectiveConfig(), LAYOUT)
     batch = batch_of([TEXT, VISUAL], [1, 1], [0, 0], tokens=[VISUAL, TEXT])
     assert objective.weights(batch.labels_BT, batch.label_mask_BT).tolist() == [[2, 1]]
+    sums = objective.loss(batch, torch.tensor([[1.0, 10.0]]), ("a",))
+    assert sums.loss_sum.item() == 2 * 1 + 1 * 10
+    assert sums.metrics["loss_text"][0].item() == 1 and sums.metrics["loss_vision"][0].item() == 10
 
 
 def test_metric_names_are_what_loss_returns():

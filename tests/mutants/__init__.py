@@ -1,0 +1,1 @@
+"""Known bugs of parallel training, planted one by one: does a test catch each? `make mutants`."""

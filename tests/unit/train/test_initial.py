@@ -1,0 +1,37 @@
+"""A run that begins with given weights trains these weights, not the random ones it was built with."""
+
+import torch
+
+from megatron_ext.checkpoint.decoder import DecoderCheckpoint, save_weights
+from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.objective import ObjectiveConfig
+from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.model import build_model
+from megatron_ext.objectives import build_objective
+from megatron_ext.optim import build_optimizer
+from megatron_ext.runtime import Topology
+from megatron_ext.train import resume_or_init
+from megatron_ext.train.step import MicrobatchRunner
+from tests.support.decoding import MODEL, global_batch
+from tests.unit.data.samples import make_vocabulary, train_text_tokenizer
+
+
+def test_the_first_update_starts_from_the_given_weights(tmp_path):
+    """The optimizer keeps master weights of its own: at learning rate 0 its update writes them into the model."""
+    vocab = make_vocabulary(train_text_tokenizer())
+    with Topology.start(RuntimeConfig(device="cpu", precision="bf16"), ParallelConfig()) as topology:
+        given = build_model(MODEL, ParallelConfig(), vocab.layout, topology, seed=1)
+        save_weights(tmp_path / "given", given, topology, vocab, "{}\n")
+        model = build_model(MODEL, ParallelConfig(), vocab.layout, topology, seed=2)
+        optimizer = build_optimizer(OptimConfig(lr=0.0), ParallelConfig(), model, topology, steps=2)
+        section = CheckpointConfig(init_from=str(tmp_path / "given"))
+        checkpoint = DecoderCheckpoint(section, tmp_path / "run", optimizer, topology, vocab, {}, "{}\n")
+        assert resume_or_init(section, checkpoint, optimizer, topology).step == 0
+        runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), vocab.layout), topology, seed=1)
+        optimizer.zero_grad()
+        runner.run(global_batch(0, 1, "document"), ("a", "b"), step=0)
+        optimizer.step(1)
+        for (name, found), expected in zip(model.named_parameters(), given.parameters(), strict=True):
+            assert torch.equal(found, expected), name
