@@ -67,7 +67,9 @@ def straight(workplace) -> list[dict]:
 def test_the_run_folder(workplace, straight):
     run = workplace / "straight"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints"}
+    assert names == {
+        "config.yaml", "provenance.json", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
     training = [line for line in straight if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
