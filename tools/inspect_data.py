@@ -158,7 +158,7 @@ def inspect_step(config: InspectStepConfig) -> None:
     weight_sum = sum(int(window.weights_S.sum()) for window in windows)
     header = [
         f"step {config.step:,}: samples {consumed:,}..{consumed + len(windows) - 1:,}, {len(windows)} windows of "
-        f"{config.train.seq_length:,} ids, {data_ranks} data ranks, micro-batches of {config.train.micro_batch_size}; "
+        f"{config.train.seq_length:,} ids, data ranks: {data_ranks}, micro-batches of {config.train.micro_batch_size}; "
         + (f"as {config.observe.run_dir} took it" if is_recorded else "not taken by a run yet"),
         f"weights: visual {objective.vision_weight}, text and structure {objective.text_weight}; their sum "
         f"{weight_sum:,} divides the loss",

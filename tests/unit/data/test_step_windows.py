@@ -131,7 +131,7 @@ def test_a_clip_cut_between_frames(tmp_path, vocabulary):
 def test_the_printed_page(workplace, vocabulary, capsys):
     inspect(workplace, "--world_size", "2", "--data_rank", "1", "--longest_text", "20")
     printed = capsys.readouterr().out
-    assert f"step {STEP}: samples 16..23, 8 windows of 64 ids, 2 data ranks, micro-batches of 2; not taken" in printed
+    assert f"step {STEP}: samples 16..23, 8 windows of 64 ids, data ranks: 2, micro-batches of 2; not taken" in printed
     assert "weights: visual 1, text and structure 2" in printed
     assert printed.count("sample ") == 4 and "data rank 0" not in printed
     (loader,) = loaders(workplace, vocabulary, [Place(1, 2)])
