@@ -1,4 +1,4 @@
-"""Which room imports which, as docs/architecture.md shows it; `python -m tests.architecture.import_graph` rewrites it."""
+"""The import graph of docs/architecture.md; `python -m tests.architecture.import_graph` rewrites it."""
 
 import re
 from collections.abc import Iterable
