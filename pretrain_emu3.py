@@ -57,6 +57,7 @@ def train(config: RunConfig) -> None:
         checkpoint = DecoderCheckpoint(
             config.checkpoint, run.folder, optimizer, topology, vocab, identities, config_yaml
         )
+        run.add_provenance(identities=checkpoint.identities)
         state = resume_or_init(config.checkpoint, checkpoint, optimizer, topology)
         Trainer(config.train, data, objective, optimizer, checkpoint, topology, run).fit(state)
 

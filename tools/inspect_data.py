@@ -1,26 +1,36 @@
-"""What is in an indexed dataset: `python tools/inspect_data.py --prefix PREFIX`.
+"""What is in an indexed dataset, and what a training step reads of it.
 
-Prints counts and lengths; with --seq_length how it packs; with --document N one document; with --validate true whether
-every document is one and every file is what the manifest says.
+python tools/inspect_data.py --prefix PREFIX
+    counts and lengths; with --seq_length how it packs; with --document N one document; with --validate true whether
+    every document is one and every file is what the manifest says
+python tools/inspect_data.py --config PRETRAINING.yaml --step N [--output DIR --vision_tokenizer DIR]
+    the exact windows of optimizer step N of a run: documents, pictures, weights of labels, padding, cuts;
+    --step N --help lists the options, which are pretrain_emu3.py's and a few more
 """
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
-from megatron_ext.data.indexed import KINDS, DocumentDataset
-from megatron_ext.data.report import dataset_report, length_histogram, packing_report
+from megatron_ext.config.run import RunConfig
+from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.validate import validate as validate_config
+from megatron_ext.data import KINDS, DocumentDataset, Loader, build_data
+from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
+from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
 from megatron_ext.observe.progress import progress
-from megatron_ext.vocab import Grammar, Image, Segment, Text, Vocabulary, decode_document
+from megatron_ext.vocab import Grammar, Vocabulary, decode_document
 
 _MOST_VIOLATIONS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Describe an indexed dataset."""
+    """Describe an indexed dataset; with --step N, the windows of a training step instead (--step N --help)."""
 
     prefix: str
     """Path of the dataset without suffix."""
@@ -38,6 +48,29 @@ class InspectConfig:
     """Check every document with the grammar, and the files with the manifest."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class InspectStepConfig(RunConfig):
+    """Show the exact windows of an optimizer step; all options of pretrain_emu3.py, read as it reads them, and:"""
+
+    step: int
+    """Optimizer step, from 1, as metrics.jsonl counts them."""
+
+    world_size: int | None = None
+    """Ranks of the run, which share the windows; empty takes one data rank: tensor x context parallel size."""
+
+    data_rank: int | None = None
+    """Show the windows of this data rank only."""
+
+    longest_text: int = 160
+    """Characters of a text that are printed."""
+
+    output: str | None = None
+    """Folder for the windows as arrays (windows.npz) and as a page (index.html)."""
+
+    vision_tokenizer: str | None = None
+    """Folder of the vision tokenizer of the data; with output, pictures are drawn."""
+
+
 def show_document(dataset: DocumentDataset, number: int) -> list[str]:
     """Key, kind, spans and segments of a document.
 
@@ -53,21 +86,8 @@ def show_document(dataset: DocumentDataset, number: int) -> list[str]:
         f"document {number} of {dataset.prefix}: {KINDS[sidecar.kinds[number]]}, {len(ids):,} ids",
         f"  key: {sidecar.key(number)}",
         f"  unbreakable: {spans}",
-        *(f"  {_describe(segment, dataset.vocabulary)}" for segment in decode_document(ids, dataset.vocabulary)),
+        *(f"  {describe_segment(segment, dataset.vocabulary)}" for segment in decode_document(ids, dataset.vocabulary)),
     ]
-
-
-def _describe(segment: Segment, vocabulary: Vocabulary) -> str:
-    if isinstance(segment, Text):
-        return f"text   {len(segment.ids):,} ids: {vocabulary.text.decode(segment.ids)!r}"
-    if isinstance(segment, Image):
-        rows, columns = segment.codes_HW.shape
-        return f"image  {rows} x {columns} codes, {segment.codes_HW.min()}..{segment.codes_HW.max()}"
-    frames, rows, columns = segment.codes_THW.shape
-    return (
-        f"video  {frames} frames of {rows} x {columns} codes, {segment.frame_rate_mhz / 1000:g} frames/s, "
-        f"{segment.duration_ms / 1000:g} s"
-    )
 
 
 def validate(dataset: DocumentDataset) -> None:
@@ -98,9 +118,8 @@ def validate(dataset: DocumentDataset) -> None:
             raise InputError(f"{dataset.prefix}{suffix} is not what its manifest says: copy it again, or preprocess")
 
 
-def main(argv: list[str]) -> None:
-    """Print what `argv` asks for."""
-    config = load(InspectConfig, argv, prog="inspect_data.py")
+def inspect_dataset(config: InspectConfig) -> None:
+    """Print what `config` asks for of a dataset."""
     dataset = DocumentDataset.open(Path(config.prefix))
     if config.document is not None:
         print("\n".join(show_document(dataset, config.document)))
@@ -111,6 +130,96 @@ def main(argv: list[str]) -> None:
         print("\n".join(packing_report(dataset, config.seq_length, config.document_alignment)))
     if config.validate:
         validate(dataset)
+
+
+def inspect_step(config: InspectStepConfig) -> None:
+    """Print the windows of a step, and write them where `config` says.
+
+    Raises:
+        InputError: what pretrain_emu3.py would refuse; a step that the run took with another global batch; the wrong
+            vision tokenizer.
+    """
+    from megatron_ext.objectives import build_objective
+    from megatron_ext.observe.history import consumed_before, recorded_identity
+
+    ranks_per_window = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
+    world_size = config.world_size or ranks_per_window
+    validate_config(config, world_size)
+    data_ranks = world_size // ranks_per_window
+    if not 1 <= config.step:
+        raise InputError(f"step is {config.step}: steps are counted from 1")
+    if config.data_rank is not None and not 0 <= config.data_rank < data_ranks:
+        raise InputError(f"data_rank is {config.data_rank}: world_size {world_size} has data ranks 0..{data_ranks - 1}")
+    vocabulary = Vocabulary.load(config.vocab)
+    data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))
+    objective = build_objective(config.objective, vocabulary.layout)
+    consumed, is_recorded = consumed_before(config.observe.run_dir, config.step, config.train.global_batch_size)
+    windows = step_windows(data.train, consumed, data_ranks, objective.weights)
+    weight_sum = sum(int(window.weights_S.sum()) for window in windows)
+    header = [
+        f"step {config.step:,}: samples {consumed:,}..{consumed + len(windows) - 1:,}, {len(windows)} windows of "
+        f"{config.train.seq_length:,} ids, data ranks: {data_ranks}, micro-batches of {config.train.micro_batch_size}; "
+        + (f"as {config.observe.run_dir} took it" if is_recorded else "not taken by a run yet"),
+        f"weights: visual {objective.vision_weight}, text and structure {objective.text_weight}; their sum "
+        f"{weight_sum:,} divides the loss",
+    ]
+    recorded = recorded_identity(config.observe.run_dir, "data")
+    if recorded not in (None, data.train.identity):
+        header.append(
+            f"NOT the data of {config.observe.run_dir}: it reads {recorded}, this configuration {data.train.identity}"
+        )
+    shown = [window for window in windows if config.data_rank in (None, window.data_rank)]
+    _print_windows(header, shown, data.train, vocabulary, config.longest_text)
+    if config.output is not None:
+        _write_page(config, shown, data.train, vocabulary, data.vision_tokenizer)
+
+
+def _print_windows(
+    header: list[str], windows: Sequence[StepWindow], loader: Loader, vocabulary: Vocabulary, longest: int
+) -> None:
+    print("\n".join(header))
+    for window in windows:
+        documents = documents_in_window(loader.datasets[window.dataset], window.window)
+        name = loader.dataset_names[window.dataset]
+        print("\n" + "\n".join(window_report(window, documents, name, vocabulary, longest)))
+
+
+def _write_page(
+    config: InspectStepConfig,
+    windows: Sequence[StepWindow],
+    loader: Loader,
+    vocabulary: Vocabulary,
+    identity: str | None,
+) -> None:
+    from megatron_ext.observe.step_page import StepPage
+    from megatron_ext.runtime.device import choose_device
+    from megatron_ext.vision import load_vision_tokenizer
+
+    vision = None
+    if config.vision_tokenizer is not None:
+        vision = load_vision_tokenizer(config.vision_tokenizer).to(choose_device(RuntimeConfig(), 0))
+        if vision.identity != identity:
+            raise InputError(
+                f"vision_tokenizer {config.vision_tokenizer} is {vision.identity}, the data was made by {identity}: "
+                "give the one that tokenized it"
+            )
+    facts = {
+        "step": f"{config.step:,}",
+        "windows": str(len(windows)),
+        "ids per window": f"{config.train.seq_length:,}",
+        "sum of their weights": f"{sum(int(window.weights_S.sum()) for window in windows):,}",
+        "data": loader.identity,
+    }
+    title = f"Step {config.step:,} of {os.path.basename(config.observe.run_dir)}"
+    print(f"wrote {StepPage(config.output, loader, vocabulary, vision).write(windows, title, facts)}")
+
+
+def main(argv: list[str]) -> None:
+    """Print what `argv` asks for."""
+    if any(word.partition("=")[0] == "--step" for word in argv):
+        inspect_step(load(InspectStepConfig, argv, prog="inspect_data.py"))
+    else:
+        inspect_dataset(load(InspectConfig, argv, prog="inspect_data.py"))
 
 
 def cli() -> None:

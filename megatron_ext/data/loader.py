@@ -5,6 +5,7 @@ holds in microbatch k the samples consumed + (k * R + r) * micro_batch_size + j:
 windows for every layout.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -62,8 +63,24 @@ class Loader:
                 self._topology.context_parallel_rank,
                 self._topology.context_parallel_size,
             )
-            for places in self._places(consumed_samples)
+            for places in self.places(consumed_samples)
         ]
+
+    def places(self, consumed_samples: int) -> list[list[tuple[int, int]]]:
+        """(dataset, window) of each window of each of this rank's microbatches."""
+        size = self._train.micro_batch_size
+        ranks = self._topology.data_parallel_size
+        first = consumed_samples + self._topology.data_parallel_rank * size
+        return [
+            [self._blend[start + j] for j in range(size)]
+            for start in range(first, consumed_samples + self._train.global_batch_size, ranks * size)
+        ]
+
+    def seen_by(self, topology: BatchTopology) -> "Loader":
+        """The same blend as another rank sees it."""
+        loader = copy.copy(self)
+        loader._topology = topology
+        return loader
 
     def keys(self, consumed_samples: int) -> list[tuple[str, ...]]:
         """Source keys of each window of the whole global batch, the same on every rank; for naming a step's data."""
@@ -93,16 +110,6 @@ class Loader:
                     f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: {names}"
                 )
         return lines
-
-    def _places(self, consumed_samples: int) -> list[list[tuple[int, int]]]:
-        """(dataset, window) of each window of each of this rank's microbatches."""
-        size = self._train.micro_batch_size
-        ranks = self._topology.data_parallel_size
-        first = consumed_samples + self._topology.data_parallel_rank * size
-        return [
-            [self._blend[start + j] for j in range(size)]
-            for start in range(first, consumed_samples + self._train.global_batch_size, ranks * size)
-        ]
 
 
 @dataclass(frozen=True)

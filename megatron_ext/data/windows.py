@@ -30,6 +30,17 @@ class Window:
     boundaries: np.ndarray  # int64 [n + 1]: 0, the padded end of each piece, and S
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A document, or a part of one, in a window."""
+
+    document: int  # its number in the dataset
+    start: int  # first id of the document that is here
+    length: int  # ids of the document that are here
+    begin: int  # where they begin in the window
+    end: int  # begin + length and the alignment padding
+
+
 class PackedDataset:
     """The windows of one indexed dataset; `len` is their number.
 
@@ -67,14 +78,13 @@ class PackedDataset:
         labels = ids.copy()
         mask = np.zeros(self.seq_length, dtype=bool)
         boundaries = [0]
-        for piece in self._pieces(window):
-            begin = boundaries[-1]
-            length = int(self.index.piece_length[piece])
-            piece_ids = self.documents.ids(self.index.piece_document[piece], self.index.piece_start[piece], length)
-            ids[begin : begin + length] = piece_ids
-            labels[begin : begin + length - 1] = piece_ids[1:]
-            mask[begin : begin + length - 1] = True
-            boundaries.append(begin - (-length // self.alignment) * self.alignment)
+        for piece in self.pieces(window):
+            last = piece.begin + piece.length - 1
+            piece_ids = self.documents.ids(piece.document, piece.start, piece.length)
+            ids[piece.begin : last + 1] = piece_ids
+            labels[piece.begin : last] = piece_ids[1:]
+            mask[piece.begin : last] = True
+            boundaries.append(piece.end)
         if boundaries[-1] < self.seq_length:
             boundaries.append(self.seq_length)
         return Window(ids, labels, mask, np.array(boundaries))
@@ -84,9 +94,23 @@ class PackedDataset:
         """Path of the indexed dataset, without suffix."""
         return str(self.documents.prefix)
 
+    def pieces(self, window: int) -> tuple[Piece, ...]:
+        """What a window is made of, in order."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} is outside [0, {len(self)})")
+        pieces: list[Piece] = []
+        for piece in range(int(self.index.window_offsets[window]), int(self.index.window_offsets[window + 1])):
+            document, start, length = (
+                int(column[piece])
+                for column in (self.index.piece_document, self.index.piece_start, self.index.piece_length)
+            )
+            begin = pieces[-1].end if pieces else 0
+            pieces.append(Piece(document, start, length, begin, begin - (-length // self.alignment) * self.alignment))
+        return tuple(pieces)
+
     def keys(self, window: int) -> tuple[str, ...]:
         """Source keys of a window's pieces, in order."""
-        return tuple(self.documents.sidecar.key(self.index.piece_document[piece]) for piece in self._pieces(window))
+        return tuple(self.documents.sidecar.key(piece.document) for piece in self.pieces(window))
 
     @property
     def fill(self) -> float:
@@ -115,11 +139,6 @@ class PackedDataset:
             "seq_length": self.seq_length,
             "document_alignment": self.alignment,
         }
-
-    def _pieces(self, window: int) -> range:
-        if not 0 <= window < len(self):
-            raise IndexError(f"window {window} is outside [0, {len(self)})")
-        return range(int(self.index.window_offsets[window]), int(self.index.window_offsets[window + 1]))
 
 
 def _cached_index(documents: DocumentDataset, shape: dict[str, int | str], cache_dir: Path) -> PackedIndex:

@@ -4,7 +4,7 @@ from megatron_ext.media.clips import Clip, decode_clip
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import decode_picture
 from megatron_ext.media.resize import ResizeConfig, resize, smart_resize
-from megatron_ext.media.samples import Sample, json_captions, list_samples
+from megatron_ext.media.samples import Sample, json_captions, list_samples, readable_name
 
 __all__ = [
     "Clip",
@@ -15,6 +15,7 @@ __all__ = [
     "decode_picture",
     "json_captions",
     "list_samples",
+    "readable_name",
     "resize",
     "smart_resize",
 ]

@@ -114,6 +114,11 @@ def list_samples(inputs: Iterable[str | Path]) -> list[Sample]:
     return list(samples.values())
 
 
+def readable_name(name: str) -> str:
+    """A path as it can be printed and written: what is not UTF-8 in it as `\\xNN`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def json_captions(content: bytes) -> list[str]:
     """The captions in img2dataset's .json: `caption`, `captions` (a list) and `caption_*` (another language), in order.
 

@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.jsonl, events.jsonl, tensorboard/, and the console of the run."""
+"""The run folder: configuration, provenance.json, metrics.jsonl, events.jsonl, tensorboard/; the console of the run."""
 
 import contextlib
 import os
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
+from megatron_ext.observe.provenance import append_provenance, collect_provenance
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
 from megatron_ext.runtime import Topology
 
@@ -29,6 +30,9 @@ class Run:
         self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
         self._events: JsonLines | None = None
         self._config_yaml = config_yaml
+        self._config = yaml.safe_load(config_yaml)
+        self.provenance: dict[str, Any] = collect_provenance(self._config) if is_main else {}
+        """Where this start comes from; empty on other ranks than the main one."""
         if is_main:
             self._writers = [
                 JsonLines(self.folder / "metrics.jsonl"),
@@ -49,7 +53,8 @@ class Run:
         total_steps: int | None = None,
         environment: Mapping[str, Any] | None = None,
     ) -> Iterator["Run"]:
-        """Open the run folder and log event `start`: configuration, and `environment` (versions, threads, layout).
+        """Open the run folder and log event `start`: configuration, `environment` (versions, threads, layout), and where
+        the start comes from.
 
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
@@ -57,7 +62,7 @@ class Run:
         if is_main:
             Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
         run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
-        run.log_event("start", environment=environment or {}, config=yaml.safe_load(config_yaml))
+        run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
         try:
             yield run
         except BaseException as error:
@@ -80,8 +85,14 @@ class Run:
         if self._events is not None:
             self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
 
+    def add_provenance(self, **facts: Any) -> None:
+        """What is known only after the start, such as identities; before `truncate_after`, which writes it."""
+        if self._events is not None:
+            self.provenance.update(facts)
+
     def truncate_after(self, step: int) -> None:
-        """Forget the metrics after `step`, where this start resumes (0: a new run), write config.yaml, log `resume`.
+        """Forget the metrics after `step`, where this start resumes (0: a new run), write config.yaml and the start's
+        entry of provenance.json, log `resume`.
 
         Call it once, before the first `log_metrics` and when nothing can be refused any more: the steps a killed start
         did after its last checkpoint come again, and a mistyped start leaves the run's config.yaml as it was.
@@ -90,6 +101,7 @@ class Run:
             temporary = self.folder / "config.yaml.partial"
             temporary.write_text(self._config_yaml, encoding="utf-8")
             os.replace(temporary, self.folder / "config.yaml")
+            append_provenance(self.folder, {"step": step, **self.provenance, "config": self._config})
         for writer in self._writers:
             if not isinstance(writer, ConsoleLines):
                 writer.truncate_after(step)

@@ -32,7 +32,7 @@ class JsonLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append `record`. Tensors of one element become numbers; NaN and infinities, which JSON lacks, become null."""
-        self._file.write(json.dumps(_plain(record), ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
@@ -155,14 +155,14 @@ def _remove_torn_line(path: Path) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _plain(value: Any) -> Any:
-    """`value` as what JSON can hold."""
+def plain(value: Any) -> Any:
+    """`value` as what JSON can hold: tensors of one element become numbers, NaN and infinities null."""
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, torch.Tensor) or type(value).__module__ == "numpy":
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, Path) else value

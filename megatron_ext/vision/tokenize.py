@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from megatron_ext.config import InputError
-from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, resize
+from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, readable_name, resize
 from megatron_ext.vision.movqgan import MoVQGAN
 from megatron_ext.vision.pixels import from_uint8
 from megatron_ext.vision.shards import TokenizedSample
@@ -58,6 +58,8 @@ def decode_sample(sample: Sample, model: MoVQGAN, resizing: ResizeConfig, clips:
     Raises:
         MediaError: the sample cannot be used.
     """
+    if readable_name(sample.source) != sample.source:
+        raise MediaError("its name is not UTF-8, which shards and datasets hold keys in: rename it")
     data = sample.media.read()
 
     def fit(frame_HWC: np.ndarray) -> np.ndarray:
@@ -116,7 +118,8 @@ def tokenize(
         try:
             decoded = decode(sample)
         except MediaError as error:
-            skipped.append({"key": sample.key, "source": sample.source, "reason": str(error)})
+            names = {"key": readable_name(sample.key), "source": readable_name(sample.source)}
+            skipped.append({**names, "reason": str(error)})
             advance(1)
             continue
         shape = decoded.frames.shape

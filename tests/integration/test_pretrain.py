@@ -1,6 +1,9 @@
 """pretrain_emu3.py as a user runs it: torchrun, a run folder, stopping, resuming on another layout."""
 
+import contextlib
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset, train_text_tokenizer
+from tools import compare_runs
 
 STEPS = 8
 TP2 = ("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true")
@@ -52,6 +56,17 @@ def pretrain(workplace: Path, run: str, *arguments: str, ranks: int = 1) -> subp
     )
 
 
+def compared(workplace: Path, a: str, b: str, *arguments: str) -> tuple[int | None, str]:
+    """Exit code and output of compare_runs.py."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        try:
+            compare_runs.main([str(workplace / a), str(workplace / b), *arguments])
+        except SystemExit as end:
+            return end.code, output.getvalue()
+    return 0, output.getvalue()
+
+
 def metrics(workplace: Path, run: str) -> list[dict]:
     lines = (workplace / run / "metrics.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "timing"} for line in lines]
@@ -67,7 +82,9 @@ def straight(workplace) -> list[dict]:
 def test_the_run_folder(workplace, straight):
     run = workplace / "straight"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints"}
+    assert names == {
+        "config.yaml", "provenance.json", "metrics.jsonl", "events.jsonl", "tensorboard", "checkpoints",
+    }  # fmt: skip
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step_{STEPS:08d}"
     training = [line for line in straight if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
@@ -79,6 +96,10 @@ def test_the_run_folder(workplace, straight):
     assert training[-1]["loss"] < training[0]["loss"]
     valid = [line for line in straight if "valid_loss" in line]
     assert [line["step"] for line in valid] == [4, 8]
+    (start,) = json.loads((run / "provenance.json").read_text())
+    assert start["step"] == 0 and start["identities"].keys() == {"vocabulary", "model", "data", "vision_tokenizer"}
+    assert set(start["manifests"]) == {str(workplace / "train"), str(workplace / "valid")}
+    assert start["packages"]["megatron-core"] and start["config"]["train"]["train_steps"] == STEPS
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert first["timing"]["tokens_per_second"] > 0
 
@@ -89,6 +110,9 @@ def test_stop_and_resume_is_the_straight_run_bit_for_bit(workplace, straight):
     assert metrics(workplace, "resumed")[-1]["step"] == 3
     assert pretrain(workplace, "resumed").returncode == 0
     assert metrics(workplace, "resumed") == straight
+    code, printed = compared(workplace, "straight", "resumed")
+    assert code == 0 and printed.startswith("equal: steps 1 to 8")
+    assert "configuration: the same" in printed and "data: the same" in printed and "2 starts" in printed
     again = pretrain(workplace, "resumed")
     assert again.returncode == 0 and "nothing to do" in again.stdout
 
@@ -101,6 +125,9 @@ def test_resume_on_other_layouts(workplace):
         assert result.returncode == 0, result.stderr
     for found, expected in zip(metrics(workplace, "moved"), metrics(workplace, "one"), strict=True):
         assert found == pytest.approx(expected, rel=5e-6)  # measured 3e-7
+    code, printed = compared(workplace, "one", "moved", "--tolerance", "5e-6")
+    assert code == 0 and printed.startswith("close: steps 1 to 8") and "data: the same" in printed
+    assert re.search(r"parallel\.context_parallel_size +1 +2\n", printed)
 
 
 def test_a_signal_saves_and_stops(workplace, straight):

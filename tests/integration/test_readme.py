@@ -1,4 +1,4 @@
-"""The README's commands are true: every program it names accepts the options it shows."""
+"""The commands of README and answers are true: every program they name accepts the options they show."""
 
 import importlib
 import re
@@ -8,22 +8,31 @@ import pytest
 
 from tests.architecture.source import ROOT
 
+DOCUMENTS = ("README.md", "docs/answers.md")
+
 
 def commands() -> list[list[str]]:
     """The indented python and torchrun lines, continued lines joined."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in DOCUMENTS).replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     return [shlex.split(line) for line in lines if line.startswith(("python ", "torchrun "))]
 
 
-@pytest.mark.parametrize(
-    "command", commands(), ids=lambda command: next(part for part in command if part.endswith(".py"))
-)
-def test_commands_parse(command, capsys):
+def program_and_arguments(command: list[str]) -> tuple[str, list[str]]:
+    """`python x/y.py ARGUMENTS` and `python -m x.y ARGUMENTS` as the module's name and its arguments."""
+    if "-m" in command:
+        position = command.index("-m") + 1
+        return command[position], command[position + 1 :]
     position = next(index for index, part in enumerate(command) if part.endswith(".py"))
-    program = importlib.import_module(command[position].removesuffix(".py").replace("/", "."))
+    return command[position].removesuffix(".py").replace("/", "."), command[position + 1 :]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: program_and_arguments(command)[0])
+def test_commands_parse(command, capsys):
+    module, arguments = program_and_arguments(command)
+    program = importlib.import_module(module)
     with pytest.raises(SystemExit) as end:
-        program.main([*command[position + 1 :], "--print_config"])
+        program.main([*arguments, "--print_config"])
     assert end.value.code in (0, None)
     assert capsys.readouterr().out
 
@@ -34,7 +43,9 @@ def test_make_targets_exist():
     assert targets and all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
 
 
-def test_files_it_names_exist():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    names = re.findall(r"`((?:examples|docs|tools)/[\w/.]+|[A-Z]+(?:\.md)?)`", text)
-    assert names and all((ROOT / name).exists() for name in names)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_it_names_exist(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    names = re.findall(r"`((?:examples|docs|tools|tests)/[\w/.]+|[A-Z]+(?:\.md)?)`", text)
+    linked = [f"docs/{name}" for name in re.findall(r"\]\((\w+\.md)\)", text)]
+    assert names and all((ROOT / name).exists() for name in names + linked)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import av
@@ -118,6 +119,22 @@ def test_tars_give_the_codes_of_folders(arguments, media, tmp_path):
     folder, shard = contents(tmp_path / "codes"), contents(tmp_path / "from_tar")
     assert list(folder) == list(shard)
     assert all(np.array_equal(folder[key][0], shard[key][0]) for key in folder)
+
+
+def test_a_name_that_is_not_utf8_is_skipped_and_named(arguments, media, tmp_path, capsys):
+    os.rename(media / "b.png", os.fsencode(media / "b") + b"\xe9.png")
+    with tarfile.open(tmp_path / "media.tar", "w") as tar:
+        for path in sorted(media.iterdir()):
+            tar.add(path, path.name)
+    for source in (media, tmp_path / "media.tar"):
+        output = tmp_path / f"codes_{source.name}"
+        tokenize_vision.main([*arguments, f"--inputs=[{source}]", f"--output={output}"])
+        assert list(contents(output)) == ["a", "c", "e", "v"]
+        skipped = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["skipped"]
+        assert [item["key"] for item in skipped] == ["b\\xe9", "d"]
+        assert "name is not UTF-8" in skipped[0]["reason"] and skipped[0]["source"].endswith("b\\xe9.png")
+        printed = capsys.readouterr().out
+        assert "skipped 2:" in printed and "b\\xe9.png: its name is not UTF-8" in printed
 
 
 def test_waiting_pixels_are_bounded(arguments, tmp_path, monkeypatch):
