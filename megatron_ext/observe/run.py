@@ -53,8 +53,8 @@ class Run:
         total_steps: int | None = None,
         environment: Mapping[str, Any] | None = None,
     ) -> Iterator["Run"]:
-        """Open the run folder and log event `start`: configuration, `environment` (versions, threads, layout), and where
-        the start comes from.
+        """Open the run folder and log event `start`: configuration, `environment` (versions, threads, layout),
+        and where the start comes from.
 
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
