@@ -1,17 +1,21 @@
 """Run a function on real torch.distributed ranks, one process each."""
 
+import contextlib
+import gc
 import os
 import pickle
+import queue
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.multiprocessing as multiprocessing
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, Store, TCPStore
+from torch.distributed.rendezvous import _rendezvous_handlers
 
-TIMEOUT_S = 240
-NUM_STORES = 32
-_ports: list[int] = []
+TIMEOUT_S = 600
+_place: list[int] = [0, 0]
+"""(task, join): where in the shared store the next process group of this rank meets its peers."""
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
@@ -20,49 +24,106 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
     Returns the ranks' results (picklable) in rank order. Raises AssertionError with the tracebacks of the ranks that
     failed.
     """
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    # As torchrun does: the parent holds the stores, so no rank has to win a port that was free a moment ago.
-    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(NUM_STORES)]
-    ports = [store.port for store in stores]
-    processes = [
-        context.Process(target=_run_rank, args=(function, args, rank, world_size, ports, queue))
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    results: dict[int, Any] = {}
-    failures: dict[int, str] = {}
+    ranks = Ranks()
     try:
-        for _ in processes:
-            rank, result, failure = queue.get(timeout=TIMEOUT_S)
-            if failure:
-                failures[rank] = failure
-                break
-            results[rank] = pickle.loads(result)
+        return ranks.run(function, world_size, *args)
     finally:
-        for process in processes:
-            process.join(timeout=0 if failures else 30)
+        ranks.close()
+
+
+class Ranks:
+    """Processes that are started once and then run one function after the other: their imports cost most of a test."""
+
+    def __init__(self) -> None:
+        self._context = multiprocessing.get_context("spawn")
+        self._results = self._context.Queue()
+        # As torchrun does: the parent holds the store, so no rank has to win a port that was free a moment ago.
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._processes: list[tuple[Any, Any]] = []  # (process, the end of the pipe that it takes its work from)
+        self._num_tasks = 0
+
+    def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+        """As `run_distributed`. What the function leaves behind in its process, the next one finds."""
+        for rank in range(len(self._processes), world_size):
+            theirs, ours = self._context.Pipe(duplex=False)
+            process = self._context.Process(target=_serve, args=(rank, self._store.port, theirs, self._results))
+            process.start()
+            theirs.close()
+            self._processes.append((process, ours))
+        self._num_tasks += 1
+        for _, pipe in self._processes[:world_size]:
+            pipe.send_bytes(pickle.dumps((function, args, world_size, self._num_tasks)))
+        results: dict[int, Any] = {}
+        try:
+            for _ in range(world_size):
+                rank, result, failure = self._next_result()
+                assert failure is None, f"rank {rank}:\n{failure}"
+                results[rank] = pickle.loads(result)
+        except BaseException:
+            self._kill()  # the other ranks wait for the failed one
+            raise
+        return [results[rank] for rank in range(world_size)]
+
+    def _next_result(self) -> tuple[int, bytes, str | None]:
+        for _ in range(TIMEOUT_S):
+            with contextlib.suppress(queue.Empty):
+                return self._results.get(timeout=1)
+            dead = [rank for rank, (process, _) in enumerate(self._processes) if process.exitcode is not None]
+            assert not dead, f"ranks {dead} ended without a word"
+        raise TimeoutError(f"no result from a rank after {TIMEOUT_S} s")
+
+    def close(self) -> None:
+        """Let the processes end."""
+        for _, pipe in self._processes:
+            pipe.close()
+        for process, _ in self._processes:
+            process.join(timeout=30)
+        self._kill()
+
+    def _kill(self) -> None:
+        for process, _ in self._processes:
             if process.is_alive():
                 process.kill()
-    assert not failures, "\n".join(f"rank {rank}:\n{failure}" for rank, failure in failures.items())
-    return [results[rank] for rank in range(world_size)]
+        self._processes = []
+        self._results = self._context.Queue()
 
 
 def use_next_store() -> None:
     """On a rank, before it joins a process group again: keys of the last one must not meet those of the next."""
-    os.environ["MASTER_PORT"] = str(_ports.pop(0))
+    _place[1] += 1
 
 
-def _run_rank(function: Callable, args: tuple, rank: int, world_size: int, ports: list[int], queue: Any) -> None:
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", TORCHELASTIC_USE_AGENT_STORE="True", OMP_NUM_THREADS="1",
-    )  # fmt: skip
-    _ports.extend(ports)
-    use_next_store()
+def _serve(rank: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    _meet_in(TCPStore("127.0.0.1", port, is_master=False))
+    with contextlib.suppress(EOFError):  # the parent closed its end, or is gone
+        while True:
+            task = tasks.recv_bytes()
+            gc.freeze()  # megatron-core collects garbage at every load, and the modules it would search are many
+            results.put((rank, *_outcome(task)))
+
+
+def _meet_in(store: Store) -> None:
+    """Let every process group of this process meet in `store`, each under a prefix of its own.
+
+    A connection for each, which is what torch opens, costs a name look-up for each, and some of those take seconds.
+    """
+
+    def meet(url: str, **unused: Any) -> Iterator[tuple[Store, int, int]]:
+        task, join = _place
+        yield PrefixStore(f"{task}/{join}", store), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    _rendezvous_handlers["env"] = meet
+
+
+def _outcome(task: bytes) -> tuple[bytes | None, str | None]:
+    """(result, None), or (None, traceback)."""
     try:
-        # Pickled here: the queue would pass tensors as handles into this process, which is about to end.
-        queue.put((rank, pickle.dumps(function(*args)), None))
+        function, args, world_size, number = pickle.loads(task)
+        os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
+        _place[:] = number, 0
+        # Pickled here: the queue would pass tensors as handles into this process, which may be about to end.
+        return pickle.dumps(function(*args)), None
     except BaseException:
-        queue.put((rank, None, traceback.format_exc()))
+        return None, traceback.format_exc()

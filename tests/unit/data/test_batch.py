@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.config import InputError
 from megatron_ext.data import Batch, Window, collate, context_indices, slice_for_context
+from tests.support.oracles import transformer_engine_indices
 
 S = 16
 
@@ -19,20 +20,6 @@ def window(ends: list[int], start_id: int) -> Window:
 
 def batch(scope: str) -> Batch:
     return collate([window([4, 12, 16], 100), window([16], 200)], [2, 0], scope)
-
-
-def transformer_engine_indices(cu_seqlens: list[int], total: int, size: int, rank: int) -> list[int]:
-    """Transformer Engine's kernel thd_partition_indices_kernel (common/fused_attn/context_parallel.cu), token by token:
-    the i-th token of a rank lies in the first or second half of its sequence's share, which says the chunk."""
-    local = [end // size for end in cu_seqlens]
-    result = []
-    for token in range(total // size):
-        sequence = max(n for n in range(len(local) - 1) if local[n] <= token)
-        length = local[sequence + 1] - local[sequence]
-        index = token - local[sequence]
-        chunk = rank if index < length // 2 else (size - 1) * 2 - rank
-        result.append(local[sequence] * size + length // 2 * chunk + index)
-    return result
 
 
 def test_scope_document():

@@ -2,27 +2,16 @@
 
 import types
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_ext.data.batch import context_indices
 from megatron_ext.model.cp_attention import PackedAttention, local_chunks
+from tests.support.oracles import dense_attention, segment_mask
 
 T, N, K, D = 48, 4, 2, 8
 BOUNDS = [0, 16, 24, 48]
-
-
-def dense_attention(query_TND, key_TKD, value_TKD, bounds):
-    """Softmax over an explicit [T, T] mask: causal, within a segment. Heads of a group share keys."""
-    segment = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
-    position = np.arange(len(segment))
-    mask = torch.from_numpy((segment[:, None] == segment[None]) & (position[:, None] >= position[None]))
-    key_TND, value_TND = (t.repeat_interleave(N // K, dim=1) for t in (key_TKD, value_TKD))
-    scores_NTT = torch.einsum("tnd,snd->nts", query_TND, key_TND) / D**0.5
-    weights_NTT = scores_NTT.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    return torch.einsum("nts,snd->tnd", weights_NTT, value_TND).flatten(1)
 
 
 def test_equals_a_dense_mask():
@@ -33,7 +22,7 @@ def test_equals_a_dense_mask():
     tensors = [torch.randn(T, heads, D, requires_grad=True) for heads in (N, K, K)]
     packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=torch.tensor(BOUNDS, dtype=torch.int32))
     found = attention(*tensors, None, packed_seq_params=packed)
-    expected = dense_attention(*tensors, BOUNDS)
+    expected = dense_attention(*tensors, segment_mask(BOUNDS))
     assert (found - expected).abs().max() < 1e-5  # measured 5e-7
     upstream = torch.randn_like(found)
     for ours, theirs in zip(
