@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ext.config.errors import InputError
@@ -162,6 +163,8 @@ def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+        # megatron-core keeps rotary frequencies by context group (an lru_cache), and a group that is kept its threads.
+        RotaryEmbedding.forward.cache_clear()
 
 
 def check_layout(parallel: ParallelConfig, world_size: int) -> None:
