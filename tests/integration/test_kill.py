@@ -195,4 +195,4 @@ def test_killed_on_one_layout_and_finished_on_another(workplace, undisturbed, di
     assert len(found) == len(undisturbed)
     for ours, theirs in zip(found, undisturbed, strict=True):
         # A window out of order would change a loss by some 1e-2.
-        assert ours == pytest.approx(theirs, rel=1e-5), f"seed {SEED}"  # measured below 1e-6
+        assert ours == pytest.approx(theirs, rel=1e-5), f"seed {SEED}"  # measured 2e-7
