@@ -232,32 +232,38 @@ def test_stage_2_begins_with_weights_and_if_asked_with_moments(two):
 
 
 def saves_that_are_hurt(folder):
-    """One rank's writer is killed; then stopped, until the deadline; then all is well."""
-    outcomes = []
+    """One rank's writer is stopped, until the deadline; another is killed; then all is well."""
     # Fully reshardable, data rank 1 would have nothing to write.
-    with training(folder, save_timeout_s=1.0, optimizer_format="dp_reshardable") as run:
+    options = {"optimizer_format": "dp_reshardable"}
+    with training(folder, save_timeout_s=1.0, **options) as run:
         run.steps(0, 1)
-        for number in (signal.SIGKILL, signal.SIGSTOP):
-            for _ in range(20):  # the writer of so small a model may be done before the signal
-                run.checkpoint.start_save(1, {"step": 1})
-                if run.topology.rank == 1:
-                    os.kill(run.checkpoint._attempt._writer.pid, number)
-                outcome = run.checkpoint.finish()
-                if outcome.failure is not None:
-                    break
-            outcomes.append(outcome)
+        stuck = hurt_save(run, signal.SIGSTOP)
+    with training(folder, **options) as run:
+        run.steps(0, 1)
+        killed = hurt_save(run, signal.SIGKILL)
         run.steps(1, 2)
         run.checkpoint.start_save(2, {"step": 2})
-        outcomes.append(run.checkpoint.finish())
-        outcomes.append(sorted(path.name for path in (folder / "checkpoints").iterdir()))
-    return outcomes
+        saved = run.checkpoint.finish()
+    return stuck, killed, saved, sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def hurt_save(run, number):
+    """The outcome of a save whose writer on rank 1 gets a signal."""
+    for _ in range(20):  # the writer of so small a model may be done before the signal
+        run.checkpoint.start_save(1, {"step": 1})
+        if run.topology.rank == 1:
+            os.kill(run.checkpoint._attempt._writer.pid, number)
+        outcome = run.checkpoint.finish()
+        if outcome.failure is not None:
+            break
+    return outcome
 
 
 def test_a_writer_that_is_killed_or_stuck_costs_one_checkpoint(two):
-    killed, stuck, saved, left = two[0]["hurt"]
-    assert killed.folder is None and killed.failure == "rank 1: the writer process ended with SIGKILL"
+    stuck, killed, saved, left = two[0]["hurt"]
     assert stuck.folder is None and "not written within checkpoint.save_timeout_s 1" in stuck.failure
-    assert 1.0 < stuck.seconds < 10 and stuck.blocked_seconds < stuck.seconds
+    assert 1.0 < stuck.seconds < 60 and stuck.blocked_seconds <= stuck.seconds
+    assert killed.folder is None and killed.failure == "rank 1: the writer process ended with SIGKILL"
     assert saved.failure is None and saved.folder.name == "step_00000002"
     assert "latest" in left and not any(name.startswith(".partial") for name in left)
     assert [outcome.failure is None for outcome in two[1]["hurt"][:3]] == [False, False, True]

@@ -23,8 +23,8 @@ SEED = random.randrange(1 << 32)
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory) -> Path:
-    """A folder with data, a text tokenizer and config.yaml: a checkpoint every second step."""
+def workplace(tmp_path_factory) -> Iterator[Path]:
+    """A folder with data, a text tokenizer and config.yaml: a checkpoint every second step. No run outlives it."""
     folder = tmp_path_factory.mktemp("kill")
     model = train_text_tokenizer()
     (folder / "text.model").write_bytes(model)
@@ -39,7 +39,8 @@ def workplace(tmp_path_factory) -> Path:
         "checkpoint": {"save_interval": 2},
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    return folder
+    yield folder
+    kill(processes_of(folder))
 
 
 def start(workplace: Path, run: str, *arguments: str) -> subprocess.Popen:
@@ -52,7 +53,7 @@ def start(workplace: Path, run: str, *arguments: str) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, workplace: Path, run: str) -> None:
-    assert process.wait(150) == 0, f"seed {SEED}\n" + (workplace / f"{run}.log").read_text()[-4000:]
+    assert process.wait(240) == 0, f"seed {SEED}\n" + (workplace / f"{run}.log").read_text()[-4000:]
 
 
 def lines(path: Path) -> list[dict]:
@@ -194,4 +195,4 @@ def test_killed_on_one_layout_and_finished_on_another(workplace, undisturbed, di
     assert len(found) == len(undisturbed)
     for ours, theirs in zip(found, undisturbed, strict=True):
         # A window out of order would change a loss by some 1e-2.
-        assert ours == pytest.approx(theirs, rel=1e-5), f"seed {SEED}"  # measured below 1e-6
+        assert ours == pytest.approx(theirs, rel=1e-5), f"seed {SEED}"  # measured 2e-7

@@ -75,8 +75,16 @@ def test_a_killed_one_is_noticed():
         writer.result()
 
 
-def test_kill_ends_even_a_stopped_one():
-    writer = Writer(lambda: time.sleep(60))
+def test_kill_ends_even_a_stopped_one(tmp_path):
+    ready = tmp_path / "ready"
+
+    def write():
+        ready.touch()
+        time.sleep(60)
+
+    writer = Writer(write)
+    while not ready.exists():
+        time.sleep(0.005)
     os.kill(writer.pid, signal.SIGSTOP)
     assert not writer.finished()
     writer.kill()
