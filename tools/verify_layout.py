@@ -47,7 +47,7 @@ def report(found: "Verification", console: Console) -> None:
     ]
     for row in found.comparisons:
         verdict = "" if row.agrees else "   DIFFERS"
-        lines.append(f"{row.quantity:<22}{row.difference:>20.1e}{row.bound:>10.0e}   {row.place}{verdict}")
+        lines.append(f"{row.quantity:<22}{row.difference:>20.1e}{row.bound:>10.1e}   {row.place}{verdict}")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
         return  # one rank fails: a second might have the launcher end the first before it said why
     first = found.disagreements[0]
     raise InputError(
-        f"this layout does not train as one process does: {first.quantity} differs by {first.difference:.1e}, rounding "
-        f"explains {first.bound:.0e} ({first.place}): choose another layout, and report the table above"
+        f"this layout does not train as one process does: {first.quantity} off by {first.difference:.1e} rounding "
+        f"explaining {first.bound:.1e} ({first.place}): choose another layout, and report the table above"
     )
 
 

@@ -305,13 +305,19 @@ UPDATES = (
         new='state["step"] = state["step"]',
         tests=("tests/distributed/test_resume.py::test_resume_is_bitwise_on_the_same_layout[fp32]",),
     ),
-    Mutant(
-        name="master weights not reloaded after init_from",
-        resembles="the first update puts the random weights back",
-        file="megatron_ext/train/initial.py",
-        old="optimizer.inner.reload_model_params()",
-        new="pass",
-        tests=("tests/unit/train/test_initial.py",),
+    *(
+        Mutant(
+            name=f"master weights not reloaded after init_from a {kind}",
+            resembles="the first update puts the random weights back",
+            file=file,
+            old=text,
+            new="pass",
+            tests=(f"tests/unit/train/test_initial.py::test_the_first_update_starts_from_the_given_weights[{case}]",),
+        )
+        for kind, case, file, text in (
+            ("checkpoint", "checkpoint", "megatron_ext/checkpoint/decoder.py", "self.inner.reload_model_params()"),
+            ("Hugging Face folder", "hf", "megatron_ext/train/initial.py", "optimizer.inner.reload_model_params()"),
+        )
     ),
 )
 
