@@ -63,7 +63,7 @@ def test_close(tmp_path, capsys):
 
 
 def test_parted(tmp_path, capsys):
-    a, b = run(tmp_path / "a"), run(tmp_path / "b", loss={2: 1.00002, 4: 0.6}, grad_norm={5: 0.9})
+    a, b = run(tmp_path / "a"), run(tmp_path / "b", loss={2: 1.00002, 4: 0.6, 5: 0.5}, grad_norm={5: 0.9})
     code, printed = compared(capsys, a, b)
     assert code == 1
     assert printed.startswith("parted at step 4: loss 0.5 and 0.6; equal before step 2 (tolerance 1.0e-04)")
@@ -72,7 +72,7 @@ def test_parted(tmp_path, capsys):
     found = json.loads(printed)
     assert code == 1 and found["verdict"] == "parted" and found["parted_at"] == 4
     assert found["metrics"]["loss"] == {
-        "largest": pytest.approx(1 / 6), "step": 4, "values": [0.5, 0.6],
+        "largest": pytest.approx(0.2), "step": 5, "values": [0.4, 0.5],
         "first_difference": 2, "first_beyond": 4, "values_beyond": [0.5, 0.6],
     }  # fmt: skip
 
