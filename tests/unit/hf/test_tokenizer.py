@@ -100,7 +100,32 @@ def test_a_piece_spelled_like_a_special_token_is_refused() -> None:
         build_tokenizer(text, clash)
 
 
-def test_special_strings_in_text_are_the_one_difference() -> None:
-    vocabulary, tokenizer = custom()
-    assert tokenizer.encode("<|image start|>").ids == [vocabulary.layout.sov]
-    assert len(vocabulary.text.encode("<|image start|>")) > 1
+SPECIAL = (
+    "<|image start|>", "a <|visual token 000007|><|visual token 000007|>b", "<image>", "x<|extra_203|> 狐狸<|extra_204|>\n",
+    "<|image start|>2*2<|image token|><|extra_200|><|extra_201|><|image end|>", "<|endoftext|", "<|image  start|>",
+    "🦊<|image start|>🦊<image>def f(): return '<|endoftext|>'",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("built", [emu3, custom, unigram])
+def test_special_strings_stay_text_where_asked(built) -> None:
+    """What transformers calls split_special_tokens; our ids of text never hold a special one."""
+    vocabulary, tokenizer = built()
+    assert tokenizer.encode("a<|image start|>").ids[-1] == vocabulary.layout.sov
+    tokenizer.encode_special_tokens = True
+    try:
+        for text in (*SPECIAL, *ADVERSARIAL, *CORPUS):
+            assert tokenizer.encode(text).ids == vocabulary.text.encode(text), text
+    finally:
+        tokenizer.encode_special_tokens = False
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.lists(st.sampled_from((*SPECIAL, *FRAGMENTS)), max_size=12).map("".join))
+def test_special_strings_among_any_text(text: str) -> None:
+    vocabulary, tokenizer = emu3()
+    tokenizer.encode_special_tokens = True
+    try:
+        assert tokenizer.encode(text).ids == vocabulary.text.encode(text)
+    finally:
+        tokenizer.encode_special_tokens = False
