@@ -34,12 +34,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_ext.checkpoint.attempt import WEIGHTS
 from megatron_ext.checkpoint.lazy import LazyTensor
-from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
-from megatron_ext.config.errors import InputError
+from megatron_ext.checkpoint.store import CheckpointStore, check_contents
 from megatron_ext.vocab import Vocabulary
 
-WEIGHTS = "decoder"
 PREFIX = "model."
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
@@ -71,14 +70,11 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     Reading needs memory for twice the largest shard that a rank has saved of one tensor.
 
     Raises:
-        InputError: not a complete checkpoint.
+        InputError: not a complete checkpoint, or a damaged one.
     """
-    read_metadata(folder)
+    check_contents(folder)
     reader = dcp.FileSystemReader(folder / WEIGHTS)
-    try:
-        metadata = reader.read_metadata()
-    except Exception as error:  # it is a pickle: damage can raise anything
-        raise InputError(f"{folder / WEIGHTS}/.metadata cannot be read ({error}): use another checkpoint") from None
+    metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
     entries = {
         key.removeprefix(PREFIX): entry

@@ -49,7 +49,7 @@ def baai_contents(
     """
     _check_fits(source)
     with_code = remote_code_from is not None
-    files: dict[str, bytes | dict[str, Any]] = dict(_tokenizer_files(source.vocabulary, with_code=with_code))
+    files: dict[str, bytes | dict[str, Any]] = dict(tokenizer_files(source.vocabulary, with_code=with_code))
     roles = {f"{role}_token_id": getattr(source.vocabulary.layout, role) for role in ("bos", "eos", "pad")}
     files["generation_config.json"] = {"_from_model_config": True, **roles, "transformers_version": CODE_VERSION}
     vision_files: dict[str, bytes | dict[str, Any]] | None = None
@@ -146,7 +146,8 @@ def _config(source: Source, dtype: torch.dtype, *, image_area: int, with_code: b
     }
 
 
-def _tokenizer_files(vocabulary: Vocabulary, *, with_code: bool) -> dict[str, bytes | dict[str, Any]]:
+def tokenizer_files(vocabulary: Vocabulary, *, with_code: bool) -> dict[str, bytes | dict[str, Any]]:
+    """The two files of BAAI's tokenizer, their digests those of the published ones, and its configuration."""
     layout = vocabulary.layout
     ranks = (base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(vocabulary.text.pieces()))
     added = range(min(layout.sov, layout.sot, layout.eov), layout.size)

@@ -121,8 +121,8 @@ def _qwen3(source: Source, dtype: torch.dtype, text: dict[str, Any], files: dict
             "tokenizer = AutoTokenizer.from_pretrained(folder)"
         ),
         notes=(
-            "The decoder has QK norm, which transformers' Emu3 classes do not know: it is a `Qwen3ForCausalLM`, the same "
-            "function otherwise, and there is no processor.",
+            "The decoder has QK norm, which transformers' Emu3 classes do not know: it is exported as their "
+            "`Qwen3ForCausalLM`, the same function, and there is no processor.",
             place,
             _SPECIAL_STRINGS,
         ),

@@ -5,15 +5,14 @@ What a run did not write down is None here and "not recorded" in the model card.
 
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from megatron_ext.checkpoint import read_metadata
-from megatron_ext.config import InputError
 from megatron_ext.data.order import Blend
+from megatron_ext.observe.provenance import read_provenance
 from megatron_ext.observe.writers import read_json_lines
 
 FORMAT_VERSION = 1
@@ -31,7 +30,7 @@ def provenance_of(checkpoint: Path) -> dict[str, Any]:
     state = metadata.get("train_state") or {}
     config = yaml.safe_load((checkpoint / "config.yaml").read_text(encoding="utf-8"))
     run = checkpoint.parent.parent
-    starts = [start for start in _starts(run) if start.get("step", 0) <= metadata["step"]] if state else []
+    starts = [start for start in read_provenance(run) if start.get("step", 0) <= metadata["step"]] if state else []
     return {
         "format_version": FORMAT_VERSION,
         "step": metadata["step"] if state else None,
@@ -45,17 +44,6 @@ def provenance_of(checkpoint: Path) -> dict[str, Any]:
         "config": config,
         "exported_with": _versions({name: _version(name) for name in ("megatron-ext-emu3", *PACKAGES)}),
     }
-
-
-def _starts(run: Path) -> list[dict[str, Any]]:
-    """What the run wrote down each time it was started."""
-    path = run / "provenance.json"
-    if not path.is_file():
-        return []
-    try:
-        return [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); move it away to release without it") from None
 
 
 def _start(start: dict[str, Any]) -> dict[str, Any]:

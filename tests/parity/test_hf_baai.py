@@ -1,15 +1,12 @@
 """BAAI's layout, both ways: names, files and fields of BAAI/Emu3-Stage1 and BAAI/Emu3-VisionTokenizer."""
 
-import base64
 import dataclasses
 import hashlib
 import json
-import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiktoken
 import torch
 from safetensors.torch import load_file
 from transformers import Emu3ForCausalLM, Emu3TextConfig
@@ -23,7 +20,6 @@ from megatron_ext.hf import load_decoder_weights, load_vision_from_hf, read_voca
 from megatron_ext.hf.baai import DECODER_CODE, VISION_CODE, baai_contents
 from megatron_ext.hf.decoder import text_config
 from megatron_ext.hf.release import write_release
-from megatron_ext.hf.tokenizer import QWEN_SPLIT, build_tokenizer
 from megatron_ext.model import build_model
 from megatron_ext.plan import PRESETS
 from megatron_ext.runtime import Topology
@@ -186,34 +182,6 @@ def test_from_hf_and_back_through_the_program(published: Path, vocabulary: Vocab
     assert theirs.keys() == back.keys()
     for name, tensor in theirs.items():
         assert torch.equal(tensor.bfloat16(), back[name]), name
-
-
-def test_tokenizer_json_gives_the_ids_of_baais_files(exported: Path, vocabulary: Vocabulary) -> None:
-    """BAAI's tokenizer from the exported files, as tokenization_emu3.py makes it: NFC, special strings become ids."""
-    ranks = dict(line.split() for line in (exported / "emu3.tiktoken").read_bytes().splitlines())
-    strings = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205))]
-    strings += (exported / "emu3_vision_tokens.txt").read_text().splitlines()
-    theirs = tiktoken.Encoding(
-        "emu3",
-        pat_str=QWEN_SPLIT,
-        mergeable_ranks={base64.b64decode(piece): int(rank) for piece, rank in ranks.items()},
-        special_tokens={string: 151_643 + number for number, string in enumerate(strings)},
-    )
-    tokenizer = build_tokenizer(vocabulary.text, vocabulary.layout)
-    for text in ADVERSARIAL:
-        expected = theirs.encode(unicodedata.normalize("NFC", text), allowed_special="all")
-        assert tokenizer.encode(text, add_special_tokens=False).ids == expected, text
-
-
-ADVERSARIAL = (
-    "A red fox, 3 years old; it's THEY'LL we’ve DON'T", "一只红色的狐狸在雪地里奔跑。１２３ 12345 只，“引号”",
-    "def f(x):\n\tfor i in range(10):\r\n        yield x ** i  # 2**i == 0x1F\n\n\n",
-    "3.14159 1,000,000 ٣٤ ½ Ⅷ 64*64", "🦊👩‍👩‍👧🏳️‍🌈 e\u0301 \u1100\u1161\u11a8 ﬁ",
-    "<|extra_203|>caption<|image start|>2*2<|image token|><|visual token 000007|><|visual token 032767|>"
-    "<|extra_200|><|extra_201|><|image end|><|extra_204|>", "a<|endoftext|>b <|im_start|>user",
-    "<|visual token 7|> <|visual token 032768|> <|extra_205|> <|image start |>",
-    "<|image start|><|image start|> \n <|image end|>",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,11 @@ def marked_rows(name: str) -> dict[int, np.ndarray]:
     return {row: generator.integers(-128, 128, columns).astype(np.float32) for row in numbers}
 
 
+def size_of(name: str) -> int:
+    """Bytes in float32."""
+    return 4 * int(np.prod(SHAPES[name]))
+
+
 def write_sparse(folder: Path) -> None:
     """The folder in float32, as BAAI publishes it."""
     files: list[list[str]] = [[]]
@@ -62,7 +67,7 @@ def write_sparse(folder: Path) -> None:
         path = folder / f"model-{number:05d}-of-{len(files):05d}.safetensors"
         header, end = {}, 0
         for name in names:
-            begin, end = end, end + 4 * int(np.prod(SHAPES[name]))
+            begin, end = end, end + size_of(name)
             header[name] = {"dtype": "F32", "shape": SHAPES[name], "data_offsets": [begin, end]}
             weight_map[name] = path.name
         text = json.dumps(header).encode()

@@ -67,7 +67,9 @@ def test_round_trip_is_bitwise(exported: tuple[Path, torch.Tensor], tmp_path: Pa
 
 def test_the_card_says_what_it_is(exported: tuple[Path, torch.Tensor]) -> None:
     card = (exported[0] / "README.md").read_text()
-    assert "has QK norm, which transformers' Emu3 classes do not know: it is a `Qwen3ForCausalLM`" in card
+    assert (
+        "has QK norm, which transformers' Emu3 classes do not know: it is exported as their `Qwen3ForCausalLM`" in card
+    )
     assert "vision_tokenizer/" in card and "pipeline_tag: text-generation" in card
     assert json.loads((exported[0] / "vision_tokenizer" / "config.json").read_text())["model_type"] == "Emu3VisionVQ"
 

@@ -36,15 +36,17 @@ def run(tmp_path: Path) -> Path:
     state = {"step": 4, "consumed_samples": SAMPLES, "consumed_tokens": SAMPLES * SEQ_LENGTH}
     CheckpointStore(folder / "checkpoints", 1).write(4, write, {"train_state": state, "vision_tokenizer": "abc"})
     start = {
-        "step": 0, "time": "2026-11-22T00:00:00Z", "command": ["/home/me/pretrain_emu3.py"], "ranks": 8, "python": "3.11.9",
-        "git": {"commit": "0123abc", "dirty": True}, "packages": {"torch": "2.13.0", "megatron_core": "0.16.1", "rich": "1"},
+        "step": 0, "time": "2026-11-22T00:00:00Z", "command": ["/home/me/pretrain_emu3.py"], "ranks": 8,
+        "python": "3.11.9", "git": {"commit": "0123abc", "dirty": True},
+        "packages": {"torch": "2.13.0", "megatron_core": "0.16.1", "rich": "1"},
         "hardware": {"cpu": "a CPU", "cores": 8, "memory_gib": 1, "gpus": ["H200, 143771 MiB, 580.1"]},
         "manifests": {data[0]["prefix"]: "f" * 64}, "identities": {"data": "d"}, "config": {},
     }  # fmt: skip
     starts = [start, {**start, "step": 5, "git": None}]  # the second resumed from a later checkpoint
     (folder / "provenance.json").write_text(json.dumps(starts))
     lines = [
-        {"step": 3, "loss": 3.0, "grad_norm": 1.0}, {"step": 4, "loss": 2.5, "loss_text": 2.0, "loss_dataset/clips": None},
+        {"step": 3, "loss": 3.0, "grad_norm": 1.0},
+        {"step": 4, "loss": 2.5, "loss_text": 2.0, "loss_dataset/clips": None},
         {"step": 4, "valid_loss": 2.75}, {"step": 5, "loss": 1.0},
     ]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "lo')
@@ -105,5 +107,5 @@ def test_weights_without_a_run(tmp_path: Path) -> None:
 
 def test_a_damaged_record_is_named(run: Path) -> None:
     (run / "provenance.json").write_text("[{")
-    with pytest.raises(InputError, match=r"provenance\.json: cannot be read .* move it away"):
+    with pytest.raises(InputError, match=r"provenance\.json is damaged .*: move it away"):
         provenance_of(run / "checkpoints" / "step_00000004")
