@@ -1,33 +1,46 @@
-"""Convert between our checkpoints and Hugging Face folders, in one process.
+"""Convert between our checkpoints and Hugging Face folders, in one process and a few gigabytes of memory.
 
 python tools/convert_checkpoint.py to-hf --checkpoint RUN_DIR --vision_tokenizer DIR --output DIR
 python tools/convert_checkpoint.py from-hf --hf DIR --output DIR
+python tools/convert_checkpoint.py check --hf DIR
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_ext.config import InputError, load, run_program, to_yaml
+from megatron_ext.config import InputError, as_dict, load, run_program, to_yaml
 
-DIRECTIONS = ("to-hf", "from-hf")
+DIRECTIONS = ("to-hf", "from-hf", "check")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ToHfConfig:
-    """Export a decoder checkpoint and its vision tokenizer as a folder that transformers loads."""
+    """Release a decoder checkpoint and its vision tokenizer as a Hugging Face folder."""
 
     checkpoint: str
     """A step_XXXXXXXX folder; or a run folder or its checkpoints folder, whose newest is taken."""
 
-    vision_tokenizer: str
-    """Folder of the vision tokenizer that the data was made with."""
-
     output: str
     """Hugging Face folder to write; an earlier export there is replaced."""
 
+    vision_tokenizer: str | None = None
+    """Folder of the vision tokenizer that the data was made with; only the baai format and QK norm do without."""
+
+    format: Literal["transformers", "baai"] = "transformers"
+    """transformers: its own classes; baai: the layout of BAAI's released models, for BAAI's code."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the decoder's weights; the vision tokenizer stays in float32."""
+
+    remote_code_from: str | None = None
+    """Folder with BAAI's Python files, such as a clone of github.com/baaivision/Emu3, to copy into a baai export."""
+
+    image_area: int = 512 * 512
+    """Pixels of the pictures trained on, as a baai export's config.json tells BAAI's code."""
+
+    check: bool = True
+    """Load the result in transformers and generate; a large model needs the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,85 +48,86 @@ class FromHfConfig:
     """Import a Hugging Face Emu3 folder as a checkpoint to start a run from."""
 
     hf: str
-    """Folder in the layout of Emu3ForConditionalGeneration, of Emu3ForCausalLM, or BAAI's own."""
+    """Folder in the layout of Emu3ForConditionalGeneration, Emu3ForCausalLM, Qwen3ForCausalLM, or BAAI's own."""
 
     output: str
     """Folder to write: a checkpoint for checkpoint.init_from, and vision_tokenizer/ where the source has one."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the checkpoint's weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Check a release: every file against SHA256SUMS, then load and generate in transformers alone."""
+
+    hf: str
+    """Folder that to-hf wrote, perhaps copied since."""
 
 
 def to_hf(config: ToHfConfig) -> None:
     """Export."""
     import torch
 
-    from megatron_ext.checkpoint.open import open_checkpoint
-    from megatron_ext.config.parallel import ParallelConfig
-    from megatron_ext.config.runtime import RuntimeConfig
+    from megatron_ext.hf.contents import Source
     from megatron_ext.hf.release import write_release
-    from megatron_ext.runtime import Topology
-    from megatron_ext.vision import load_vision_tokenizer
 
-    vision = load_vision_tokenizer(config.vision_tokenizer)
-    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
-        opened = open_checkpoint(config.checkpoint, topology)
-        opened.check_vision_tokenizer(vision.identity, vision.config.codebook_size)
-        write_release(
-            config.output,
-            opened.model,
-            vision,
-            opened.vocab,
-            max_position_embeddings=opened.seq_length,
-            dtype=getattr(torch, config.dtype),
-        )
-    print(f"wrote {config.output}")
+    notes = write_release(
+        config.output,
+        Source.of_checkpoint(config.checkpoint, config.vision_tokenizer),
+        format=config.format,
+        dtype=getattr(torch, config.dtype),
+        remote_code_from=config.remote_code_from,
+        image_area=config.image_area,
+    )
+    print("\n".join((*notes, f"wrote {config.output}")))
+    if config.check:
+        check(CheckConfig(hf=config.output))
 
 
 def from_hf(config: FromHfConfig) -> None:
     """Import."""
-    from megatron_ext.checkpoint.decoder import save_weights
-    from megatron_ext.config.parallel import ParallelConfig
-    from megatron_ext.config.runtime import RuntimeConfig
-    from megatron_ext.hf import (
-        decoder_shape,
-        load_decoder_weights,
-        load_vision_from_hf,
-        model_section,
-        read_config,
-        read_vocabulary,
-    )
-    from megatron_ext.model import build_model
-    from megatron_ext.runtime import Topology
+    import torch
+
+    from megatron_ext.checkpoint.streaming import write_weights
+    from megatron_ext.hf import load_vision_from_hf, model_section, read_config, read_decoder, read_vocabulary
+    from megatron_ext.hf.convert import VISION_FOLDER
     from megatron_ext.vision import save_vision_tokenizer
 
-    theirs = read_config(config.hf)
-    section = model_section(decoder_shape(theirs))
-    vocab = read_vocabulary(config.hf)
-    seq_length = theirs.get("text_config", theirs)["max_position_embeddings"]
+    theirs, vocab = read_config(config.hf), read_vocabulary(config.hf)
+    decoder = read_decoder(config.hf, vocab.layout)
+    section = model_section(decoder.shape)
     # The part of a run's configuration that opens the checkpoint.
-    config_yaml = "model:\n" + _indented(to_yaml(section)) + f"train:\n  seq_length: {seq_length}\n"
-    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
-        model = build_model(section, ParallelConfig(), vocab.layout, topology, seed=0)
-        load_decoder_weights(config.hf, model, topology)
-        folder = save_weights(Path(config.output), model, topology, vocab, config_yaml)
-    print(f"wrote {folder}")
-    if "vq_config" in theirs:
-        save_vision_tokenizer(load_vision_from_hf(config.hf), Path(config.output) / "vision_tokenizer")
-        print(f"wrote {Path(config.output) / 'vision_tokenizer'}")
+    seq_length = theirs.get("text_config", theirs)["max_position_embeddings"]
+    config_yaml = to_yaml({"model": as_dict(section), "train": {"seq_length": seq_length}})
+    tensors = {name: tensor.to(getattr(torch, config.dtype)) for name, tensor in decoder.tensors.items()}
+    identities = {"vocabulary": vocab.identity, "model": decoder.shape.identity}
+    print(f"wrote {write_weights(Path(config.output), tensors, vocab, config_yaml, identities)}")
+    if "vq_config" in theirs or (Path(config.hf) / VISION_FOLDER).is_dir():
+        save_vision_tokenizer(load_vision_from_hf(config.hf), Path(config.output) / VISION_FOLDER)
+        print(f"wrote {Path(config.output) / VISION_FOLDER}")
 
 
-def _indented(text: str) -> str:
-    return "".join(f"  {line}\n" for line in text.splitlines())
+def check(config: CheckConfig) -> None:
+    """Check, and print what was done."""
+    from megatron_ext.hf.release import check_release
+
+    done = check_release(config.hf)
+    print(f"checked {config.hf}: " + ", ".join(f"{name} {value}" for name, value in done.items()))
 
 
 def main(argv: list[str]) -> None:
-    """Convert in the direction that the first argument names."""
+    """Do what the first argument names."""
     direction, *rest = argv or [""]
     prog = f"convert_checkpoint.py {direction}"
     if direction == "to-hf":
         to_hf(load(ToHfConfig, rest, prog=prog))
     elif direction == "from-hf":
         from_hf(load(FromHfConfig, rest, prog=prog))
+    elif direction == "check":
+        check(load(CheckConfig, rest, prog=prog))
     elif direction in ("-h", "--help"):
-        print(f"{__doc__}\n{' and '.join(DIRECTIONS)} have a --help of their own.")
+        print(f"{__doc__}\n{', '.join(DIRECTIONS)} have a --help of their own.")
     else:
         raise InputError(f"direction {direction!r}: must be one of {', '.join(DIRECTIONS)}")
 

@@ -17,10 +17,13 @@ from megatron_ext.vocab import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedCheckpoint:
-    """A decoder with its weights, and what it was trained with."""
+class CheckpointDescription:
+    """What a decoder was trained with."""
 
-    model: Emu3Model
+    folder: Path
+    """Its step_XXXXXXXX folder."""
+    section: ModelConfig
+    """Section `model` of its run."""
     vocab: Vocabulary
     seq_length: int
     """Ids in a training window: how far positions have been seen."""
@@ -41,23 +44,40 @@ class OpenedCheckpoint:
             )
 
 
-def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
-    """The decoder of a step_XXXXXXXX folder, of the newest one in a `checkpoints` folder, or of a run folder.
+@dataclass(frozen=True, kw_only=True)
+class OpenedCheckpoint(CheckpointDescription):
+    """A decoder with its weights."""
+
+    model: Emu3Model
+
+
+def describe_checkpoint(folder: str | Path) -> CheckpointDescription:
+    """All but the weights of a step_XXXXXXXX folder, of the newest one in a `checkpoints` folder, or of a run folder.
 
     Raises:
         InputError: no checkpoint there, or one that cannot be read.
     """
     folder = find_checkpoint(folder)
     config = _read_config(folder / "config.yaml")
-    vocab = Vocabulary.from_folder(folder / "vocabulary")
-    model = build_model(ModelConfig(**config["model"]), ParallelConfig(), vocab.layout, topology, seed=0)
-    load_weights(folder, model)
-    return OpenedCheckpoint(
-        model=model.eval(),
-        vocab=vocab,
+    return CheckpointDescription(
+        folder=folder,
+        section=ModelConfig(**config["model"]),
+        vocab=Vocabulary.from_folder(folder / "vocabulary"),
         seq_length=config["train"]["seq_length"],
         vision_tokenizer=read_metadata(folder).get("vision_tokenizer"),
     )
+
+
+def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
+    """The decoder that `describe_checkpoint` describes.
+
+    Raises:
+        InputError: no checkpoint there, or one that cannot be read.
+    """
+    described = describe_checkpoint(folder)
+    model = build_model(described.section, ParallelConfig(), described.vocab.layout, topology, seed=0)
+    load_weights(described.folder, model)
+    return OpenedCheckpoint(model=model.eval(), **vars(described))
 
 
 def find_checkpoint(folder: str | Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, Emu3ForCausalLM, Emu3TextConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-from megatron_ext.hf import decoder_shape, decoder_tensors, read_config, read_decoder_tensors
+from megatron_ext.hf import decoder_tensors, read_config, read_decoder_tensors, read_shape
 from megatron_ext.model import Emu3Model
 from megatron_ext.plan import DecoderShape
 
@@ -50,7 +50,7 @@ class TextDecoder:
         """From a Hugging Face folder of either layout. Raises InputError when it holds no Emu3 decoder."""
         config = read_config(folder)
         vocab_size = config.get("text_config", config)["vocab_size"]
-        return cls(_text_model(decoder_shape(config), vocab_size, read_decoder_tensors(folder, dtype), device))
+        return cls(_text_model(read_shape(folder), vocab_size, read_decoder_tensors(folder, dtype), device))
 
     @torch.inference_mode()
     def prefill(self, prompts: list[Tensor]) -> Tensor:

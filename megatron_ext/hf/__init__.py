@@ -4,27 +4,29 @@
 """
 
 from megatron_ext.hf.convert import (
-    decoder_shape,
     decoder_tensors,
     is_hf_folder,
     load_decoder_weights,
     load_vision_from_hf,
     model_section,
     read_config,
+    read_decoder,
     read_decoder_tensors,
+    read_shape,
     read_vocabulary,
     vision_tensors,
 )
 
 __all__ = [
-    "decoder_shape",
     "decoder_tensors",
     "is_hf_folder",
     "load_decoder_weights",
     "load_vision_from_hf",
     "model_section",
     "read_config",
+    "read_decoder",
     "read_decoder_tensors",
+    "read_shape",
     "read_vocabulary",
     "vision_tensors",
 ]

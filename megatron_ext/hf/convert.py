@@ -1,6 +1,6 @@
-"""Weights between megatron-core's decoder, our vision tokenizer and Hugging Face folders, tensor by tensor.
+"""Hugging Face folders read: configuration, vocabulary, decoder and vision tokenizer, of any of the layouts.
 
-Shapes need no conversion here: the tables of `decoder` and `vision` do it. This module walks over parameters.
+The tables of `decoder` and `vision` say what becomes what. This module walks over parameters, some rows at a time.
 """
 
 import json
@@ -10,24 +10,28 @@ from typing import Any
 
 import torch
 
+from megatron_ext.checkpoint.lazy import LazyTensor
 from megatron_ext.config import InputError
 from megatron_ext.config.model import ModelConfig
-from megatron_ext.hf.decoder import canonical_name, decoder_table, shape_from_text_config
-from megatron_ext.hf.table import Table, UnknownName
+from megatron_ext.hf.decoder import Decoder, canonical_name, decoder_table, shape_from_text_config, their_shapes
+from megatron_ext.hf.table import UnknownName
 from megatron_ext.hf.vision import vision_config, vision_table
 from megatron_ext.hf.weights import WeightsReader
 from megatron_ext.model import Emu3Model
-from megatron_ext.plan import DecoderShape
+from megatron_ext.plan import DecoderShape, pad_vocabulary
 from megatron_ext.runtime import Topology
-from megatron_ext.vision import MoVQGAN
+from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
 from megatron_ext.vocab import QwenTokenizer, VocabLayout, Vocabulary
 
 TEXT_PREFIX = "text_model."
 VISION_PREFIX = "vqmodel."
 """Where `Emu3ForConditionalGeneration` stores its parts (transformers conversion_mapping.py, "emu3")."""
 
-MODEL_TYPES = ("emu3", "emu3_text_model")
-"""Emu3ForConditionalGeneration and BAAI's own (which spells it Emu3); Emu3ForCausalLM."""
+VISION_FOLDER = "vision_tokenizer"
+"""Sub-folder with the vision tokenizer, in BAAI's layout, where the model's own class has no place for one."""
+
+MODEL_TYPES = ("emu3", "emu3_text_model", "qwen3")
+"""Emu3ForConditionalGeneration and BAAI's own (which spells it Emu3); Emu3ForCausalLM; Qwen3ForCausalLM (QK norm)."""
 
 VOCABULARY = "vocabulary"
 """Sub-folder of an export with what rebuilds our vocabulary; transformers does not read it."""
@@ -71,9 +75,12 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def decoder_shape(config: dict[str, Any]) -> DecoderShape:
-    """The decoder that a config.json describes; BAAI's own config.json has the fields at the top."""
-    return shape_from_text_config(config.get("text_config", config))
+def read_shape(folder: str | Path) -> DecoderShape:
+    """The decoder of a folder; BAAI's own config.json has the fields at the top."""
+    config = read_config(folder)
+    names = WeightsReader(folder).names()
+    qk_layernorm = any(name.endswith(".self_attn.q_norm.weight") for name in names)
+    return shape_from_text_config(config.get("text_config", config), qk_layernorm=qk_layernorm)
 
 
 def model_section(shape: DecoderShape) -> ModelConfig:
@@ -93,81 +100,102 @@ def model_section(shape: DecoderShape) -> ModelConfig:
     return section
 
 
-def model_table(model: Emu3Model) -> Table:
-    """The rules of this model."""
-    return decoder_table(model.shape, model.layout.size, model.vocab_size)
-
-
 def decoder_tensors(model: Emu3Model, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of `Emu3ForCausalLM`'s state dict, one after another, from a model that is not sharded.
 
     Args:
         dtype: type of the tensors; None keeps the model's.
     """
-    ours = ((canonical_name(name), parameter.detach()) for name, parameter in model.named_parameters())
-    for name, tensor in model_table(model).to_theirs(ours):
-        yield name, tensor if dtype is None else tensor.to(dtype)
+    for name, tensor in Decoder.of(model).theirs(dtype):
+        yield name, tensor.whole()
 
 
 def read_decoder_tensors(folder: str | Path, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of `Emu3ForCausalLM`'s state dict from a folder of any of the layouts, one after another."""
-    with WeightsReader(folder) as reader:
-        prefix = _text_prefix(reader)
-        for name in sorted(reader.names()):
-            if name.startswith(prefix) and not name.startswith(VISION_PREFIX):
-                tensor = reader[name]
-                yield name.removeprefix(prefix), tensor if dtype is None else tensor.to(dtype)
+    reader = WeightsReader(folder)
+    prefix = _text_prefix(reader)
+    for name in sorted(reader.names()):
+        if name.startswith(prefix) and not name.startswith(VISION_PREFIX):
+            tensor = reader[name].whole()
+            yield name.removeprefix(prefix), tensor if dtype is None else tensor.to(dtype)
+
+
+def read_decoder(folder: str | Path, layout: VocabLayout) -> Decoder:
+    """The decoder of a folder of any of the layouts; its weights stay there until they are asked for.
+
+    Raises:
+        InputError: tensors are missing, surplus, or not of the shapes that config.json says.
+    """
+    shape = read_shape(folder)
+    theirs = _their_decoder(folder, shape, layout)
+    table = decoder_table(shape, layout.size, pad_vocabulary(layout.size, 1))
+    return Decoder(shape=shape, layout=layout, tensors=table.to_ours(theirs))
 
 
 def load_decoder_weights(folder: str | Path, model: Emu3Model, topology: Topology) -> None:
-    """Load a Hugging Face folder's decoder into `model` in place; every tensor rank takes its shard.
+    """Load a Hugging Face folder's decoder into `model` in place; every tensor rank reads its shard.
 
-    Accepts the layouts of `Emu3ForConditionalGeneration`, of `Emu3ForCausalLM`, and BAAI's own.
+    Accepts the layouts of `Emu3ForConditionalGeneration`, `Emu3ForCausalLM`, `Qwen3ForCausalLM`, and BAAI's own.
 
     Raises:
         InputError: another shape or vocabulary, missing or surplus tensors.
     """
-    _check_fits(read_config(folder), model)
-    rank, size = topology.tensor_parallel_rank, topology.tensor_parallel_size
-    table = model_table(model)
-    with WeightsReader(folder) as reader, torch.no_grad():
-        prefix = _text_prefix(reader)
-        unused = {name for name in reader.names() if not name.startswith(VISION_PREFIX)}
+    _check_fits(folder, model)
+    theirs = _their_decoder(folder, model.shape, model.layout)
+    table = decoder_table(model.shape, model.layout.size, model.vocab_size)
+    shards = table.to_ours(theirs, topology.tensor_parallel_rank, topology.tensor_parallel_size)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            match = table.match_ours(canonical_name(name))
-            theirs = [_read(reader, prefix + their) for their in match.theirs]
-            tensor = match.rule.to_ours(theirs, rank, size)
-            if tensor.shape != parameter.shape:
-                raise InputError(
-                    f"{folder}: {match.theirs[0]} gives {tuple(tensor.shape)}, {name} is {tuple(parameter.shape)}; "
-                    "its tensors and its config.json do not belong together"
-                )
-            parameter.copy_(tensor)
-            unused -= {prefix + their for their in match.theirs}
-    if unused:
-        raise InputError(f"{folder}: {len(unused)} tensors belong to no part of an Emu3 decoder, such as {min(unused)}")
+            tensor = shards[canonical_name(name)]
+            for start, stop in tensor.ranges():
+                parameter[start:stop] = tensor.read(start, stop)
 
 
-def vision_tensors(tokenizer: MoVQGAN) -> Iterator[tuple[str, torch.Tensor]]:
+def _their_decoder(folder: str | Path, shape: DecoderShape, layout: VocabLayout) -> dict[str, LazyTensor]:
+    """The folder's decoder by the names of `Emu3ForCausalLM`, complete and of the right shapes."""
+    reader = WeightsReader(folder)
+    prefix = _text_prefix(reader)
+    expected = {prefix + name: size for name, size in their_shapes(shape, layout.size).items()}
+    surplus = {name for name in reader.names() if not name.startswith(VISION_PREFIX)} - expected.keys()
+    if surplus:
+        raise InputError(
+            f"{folder}: {len(surplus)} tensors belong to no part of an Emu3 decoder, such as {min(surplus)}"
+        )
+    for name, size in expected.items():
+        if reader[name].shape != size:
+            raise InputError(
+                f"{folder}: {name} is {reader[name].shape}, config.json says {size}: they do not belong together"
+            )
+    return {name.removeprefix(prefix): reader[name] for name in expected}
+
+
+def vision_tensors(tokenizer: MoVQGAN) -> Iterator[tuple[str, LazyTensor]]:
     """(name, tensor) of `Emu3VQVAE`'s state dict."""
-    return vision_table().to_theirs(tokenizer.state_dict().items())
+    return vision_table().to_theirs((name, LazyTensor.of(tensor)) for name, tensor in tokenizer.state_dict().items())
 
 
 def load_vision_from_hf(folder: str | Path) -> MoVQGAN:
-    """The vision tokenizer of an `Emu3ForConditionalGeneration` folder.
+    """The vision tokenizer of an `Emu3ForConditionalGeneration` folder, or of its sub-folder vision_tokenizer/.
 
     Raises:
         InputError: the folder has none, or its tensors do not fit its configuration.
     """
     config = read_config(folder)
     if "vq_config" not in config:
-        raise InputError(f"{folder}: config.json has no vq_config: this folder holds no vision tokenizer")
-    with WeightsReader(folder) as reader:
-        names = [name for name in reader.names() if name.startswith(VISION_PREFIX)]
-        theirs = {name.removeprefix(VISION_PREFIX): reader[name] for name in names}
+        if (Path(folder) / VISION_FOLDER).is_dir():
+            return load_vision_tokenizer(Path(folder) / VISION_FOLDER)
+        raise InputError(
+            f"{folder}: config.json has no vq_config and there is no {VISION_FOLDER}/: this folder holds no vision "
+            "tokenizer; give its own folder"
+        )
+    reader = WeightsReader(folder)
+    theirs = {
+        name.removeprefix(VISION_PREFIX): reader[name] for name in reader.names() if name.startswith(VISION_PREFIX)
+    }
     tokenizer = MoVQGAN(vision_config(config["vq_config"]))
     try:
-        tokenizer.load_state_dict(vision_table().to_ours(theirs))
+        ours = vision_table().to_ours(theirs)
+        tokenizer.load_state_dict({name: tensor.whole() for name, tensor in ours.items()})
     except (RuntimeError, KeyError, UnknownName) as error:
         raise InputError(f"{folder}: vision tokenizer does not fit: {' '.join(str(error).split())[:300]}") from None
     return tokenizer.eval()
@@ -177,16 +205,9 @@ def _text_prefix(reader: WeightsReader) -> str:
     return TEXT_PREFIX if any(name.startswith(TEXT_PREFIX) for name in reader.names()) else ""
 
 
-def _read(reader: WeightsReader, name: str) -> torch.Tensor:
-    try:
-        return reader[name]
-    except KeyError:
-        raise InputError(f"{reader.folder}: tensor {name} is missing; is the download complete?") from None
-
-
-def _check_fits(config: dict[str, Any], model: Emu3Model) -> None:
+def _check_fits(folder: str | Path, model: Emu3Model) -> None:
     """Raise InputError unless the folder's model has this shape and vocabulary."""
-    theirs, layout = decoder_shape(config), model.layout
+    config, theirs, layout = read_config(folder), read_shape(folder), model.layout
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
                  "kv_channels", "qk_layernorm", "rotary_base", "layernorm_epsilon"):  # fmt: skip
         if getattr(theirs, name) != getattr(model.shape, name):

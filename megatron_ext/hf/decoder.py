@@ -1,17 +1,23 @@
 """The decoder: megatron-core's GPTModel <-> the text part of transformers' Emu3, which is also BAAI's own layout.
 
+With QK norm (Emu3.5) it is transformers' Qwen3, the same architecture otherwise and with the same names.
+
 Our names are megatron-core's with the fused norms of Transformer Engine (`linear_qkv.layer_norm_weight`), the form
 that its checkpoints use on every device; `canonical_name` maps the names of the unfused modules to them.
 Their names are those of `Emu3ForCausalLM` (E3 modeling_emu3.py); `Emu3ForConditionalGeneration` stores the same under
 the prefix `text_model.` (transformers conversion_mapping.py, "emu3").
 """
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megatron_ext.checkpoint.lazy import LazyTensor
 from megatron_ext.config import InputError
 from megatron_ext.hf.table import PADDING, Index, Rule, Table
+from megatron_ext.model import Emu3Model
 from megatron_ext.plan import DecoderShape
 from megatron_ext.vocab import VocabLayout
 
@@ -26,6 +32,39 @@ def canonical_name(name: str) -> str:
     for unfused, fused in _UNFUSED_NORMS.items():
         name = name.replace(unfused, fused)
     return name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """A decoder without a model around it: shape, ids, and the unsharded weights, wherever they are."""
+
+    shape: DecoderShape
+    layout: VocabLayout
+    tensors: Mapping[str, LazyTensor]
+    """Every parameter by its canonical name."""
+
+    @classmethod
+    def of(cls, model: Emu3Model) -> "Decoder":
+        """The decoder of a model that is not sharded; its weights are shared."""
+        tensors = {canonical_name(name): LazyTensor.of(weight.detach()) for name, weight in model.named_parameters()}
+        return cls(shape=model.shape, layout=model.layout, tensors=tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, without the rows that pad the vocabulary."""
+        sizes = (torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+        padding = self.tensors["output_layer.weight"].rows - self.layout.size
+        return sum(sizes) - 2 * padding * self.shape.hidden_size
+
+    def theirs(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, LazyTensor]]:
+        """(name, tensor) of `Emu3ForCausalLM`'s state dict; with QK norm of `Qwen3ForCausalLM`'s.
+
+        Args:
+            dtype: type of the tensors; None keeps ours.
+        """
+        table = decoder_table(self.shape, self.layout.size, self.tensors["output_layer.weight"].rows)
+        for name, tensor in table.to_theirs(self.tensors.items()):
+            yield name, tensor if dtype is None else tensor.to(dtype)
 
 
 def decoder_table(shape: DecoderShape, vocab_size: int, padded_vocab_size: int) -> Table:
@@ -57,7 +96,7 @@ def decoder_table(shape: DecoderShape, vocab_size: int, padded_vocab_size: int) 
             ),
             Rule(ours=attention + "q_layernorm.weight", theirs=(their_attention + "q_norm.weight",)),
             Rule(ours=attention + "k_layernorm.weight", theirs=(their_attention + "k_norm.weight",)),
-            Rule(ours=attention + "linear_proj.weight", theirs=(their_attention + "o_proj.weight",), shard_dim=1),
+            Rule(ours=attention + "linear_proj.weight", theirs=(their_attention + "o_proj.weight",), by_columns=True),
             Rule(ours=layer + "mlp.linear_fc1.layer_norm_weight", theirs=(head + "post_attention_layernorm.weight",)),
             Rule(
                 ours=layer + "mlp.linear_fc1.weight",
@@ -65,7 +104,7 @@ def decoder_table(shape: DecoderShape, vocab_size: int, padded_vocab_size: int) 
                 sizes=(ffn, ffn),
                 index=_gated_rows(ffn),
             ),
-            Rule(ours=layer + "mlp.linear_fc2.weight", theirs=(head + "mlp.down_proj.weight",), shard_dim=1),
+            Rule(ours=layer + "mlp.linear_fc2.weight", theirs=(head + "mlp.down_proj.weight",), by_columns=True),
             Rule(ours="decoder.final_layernorm.weight", theirs=("model.norm.weight",)),
             Rule(
                 ours="output_layer.weight",
@@ -75,6 +114,30 @@ def decoder_table(shape: DecoderShape, vocab_size: int, padded_vocab_size: int) 
             ),
         )
     )
+
+
+def their_shapes(shape: DecoderShape, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of `Emu3ForCausalLM`; with QK norm of `Qwen3ForCausalLM`."""
+    hidden, ffn = shape.hidden_size, shape.ffn_hidden_size
+    query, group = shape.kv_channels * shape.num_attention_heads, shape.kv_channels * shape.num_query_groups
+    layer = {
+        "input_layernorm": (hidden,),
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (group, hidden),
+        "self_attn.v_proj": (group, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "post_attention_layernorm": (hidden,),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    if shape.qk_layernorm:
+        layer |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), (shape.kv_channels,))
+    layers = {
+        f"model.layers.{number}.{name}": size for number in range(shape.num_layers) for name, size in layer.items()
+    }
+    ends = {"model.embed_tokens": (vocab_size, hidden), "model.norm": (hidden,), "lm_head": (vocab_size, hidden)}
+    return {f"{name}.weight": size for name, size in (ends | layers).items()}
 
 
 def _padded_rows(rows: int, padded_rows: int) -> Index:
@@ -105,15 +168,10 @@ def _gated_rows(ffn: int) -> Index:
 
 
 def text_config(shape: DecoderShape, layout: VocabLayout, max_position_embeddings: int) -> dict[str, Any]:
-    """Keyword arguments of transformers' Emu3TextConfig.
+    """Keyword arguments of transformers' Emu3TextConfig, and of Qwen3Config where the shape has QK norm.
 
-    It has one dropout: attention_dropout stands for ours of attention and for that of the hidden states.
-
-    Raises:
-        InputError: the shape has QK norm, which transformers' Emu3 does not know.
+    Emu3 has one dropout: attention_dropout stands for ours of attention and for that of the hidden states.
     """
-    if shape.qk_layernorm:
-        raise InputError("model.qk_layernorm is true: transformers' Emu3 has no QK norm; generate from the checkpoint")
     config = {
         "vocab_size": layout.size,
         "hidden_size": shape.hidden_size,
@@ -130,13 +188,29 @@ def text_config(shape: DecoderShape, layout: VocabLayout, max_position_embedding
         "bos_token_id": layout.bos,
         "eos_token_id": layout.eos,
     }
-    if shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
+    if shape.qk_layernorm:
+        # Qwen3's defaults are 128 channels per head and tied embeddings.
+        config |= {"head_dim": shape.kv_channels, "tie_word_embeddings": False, "use_sliding_window": False}
+    elif shape.kv_channels * shape.num_attention_heads != shape.hidden_size:
         config["head_dim"] = shape.kv_channels
     return config
 
 
-def shape_from_text_config(config: dict[str, Any]) -> DecoderShape:
+_ONLY = {
+    "rope_scaling": None,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+}
+
+
+def shape_from_text_config(config: dict[str, Any], *, qk_layernorm: bool = False) -> DecoderShape:
     """The inverse of `text_config`, from the `text_config` of a config.json (or BAAI's own config.json).
+
+    Args:
+        qk_layernorm: whether the weights hold norms of queries and keys; no field of a configuration says so.
 
     Raises:
         InputError: a field is missing or asks for what Emu3 does not have.
@@ -152,6 +226,7 @@ def shape_from_text_config(config: dict[str, Any]) -> DecoderShape:
             num_attention_heads=heads,
             num_query_groups=config["num_key_value_heads"],
             kv_channels=config.get("head_dim") or config["hidden_size"] // heads,
+            qk_layernorm=qk_layernorm,
             layernorm_epsilon=config.get("rms_norm_eps", 1e-5),
             rotary_base=rope["rope_theta"],
             init_method_std=config.get("initializer_range", 0.02),
@@ -162,7 +237,7 @@ def shape_from_text_config(config: dict[str, Any]) -> DecoderShape:
         raise InputError(f"config.json: text_config has no {missing}; is this an Emu3 model?") from None
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"config.json: rope_type {rope['rope_type']!r} is not supported; Emu3 uses 'default'")
-    for name, only in (("rope_scaling", None), ("hidden_act", "silu"), ("tie_word_embeddings", False)):
+    for name, only in _ONLY.items():
         if config.get(name, only) != only:
             raise InputError(f"config.json: {name} is {config[name]!r}, Emu3 has {only!r}: give a model that has it so")
     return shape

@@ -1,157 +1,173 @@
-"""A complete Hugging Face folder: decoder, vision tokenizer, configuration, tokenizer and, where it fits, processor."""
+"""A complete Hugging Face folder: weights, configuration, tokenizer, model card, provenance and checksums."""
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import Emu3Config, GenerationConfig
 
 from megatron_ext.config import InputError
-from megatron_ext.hf.convert import (
-    TEXT_PREFIX,
-    VISION_PREFIX,
-    VOCABULARY,
-    decoder_tensors,
-    is_hf_folder,
-    vision_tensors,
-)
-from megatron_ext.hf.decoder import text_config
-from megatron_ext.hf.tokenizer import build_tokenizer, tokenizer_config
-from megatron_ext.hf.vision import vq_config
+from megatron_ext.hf.baai import baai_contents
+from megatron_ext.hf.card import model_card
+from megatron_ext.hf.classes import transformers_contents
+from megatron_ext.hf.contents import Contents, Source
+from megatron_ext.hf.convert import VISION_FOLDER, VOCABULARY, is_hf_folder
 from megatron_ext.hf.weights import write_json, write_weights
-from megatron_ext.model import Emu3Model
-from megatron_ext.vision import MoVQGAN
-from megatron_ext.vocab import Vocabulary
+from megatron_ext.vision import save_vision_tokenizer
 
-PROCESSOR_SPATIAL_FACTOR = 8
-"""Pixels per code that transformers' Emu3Processor has written into its code (processing_emu3.py, downsample_ratio)."""
+Format = Literal["transformers", "baai"]
 
-# BAAI/Emu3-VisionTokenizer preprocessor_config.json; transformers' class would default to CLIP's mean and deviation.
-_PREPROCESSOR = {
-    "image_processor_type": "Emu3ImageProcessor",
-    "do_resize": True,
-    "do_rescale": True,
-    "do_normalize": True,
-    "do_convert_rgb": True,
-    "resample": 3,
-    "rescale_factor": 1 / 255,
-    "image_mean": [0.5] * 3,
-    "image_std": [0.5] * 3,
-    "min_pixels": 262144,
-    "max_pixels": 1048576,
-    "spatial_factor": PROCESSOR_SPATIAL_FACTOR,
-}
-
-_SAMPLING = {"do_sample": True, "top_k": 2048}
-"""BAAI's sampling of pictures (E3 image_generation.py:31-56)."""
+SUMS = "SHA256SUMS"
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+SELF_CHECK = Path(__file__).with_name("selfcheck.py")
 
 
 def write_release(
     folder: str | Path,
-    model: Emu3Model,
-    vision: MoVQGAN,
-    vocabulary: Vocabulary,
+    source: Source,
     *,
-    max_position_embeddings: int,
+    format: Format = "transformers",
     dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write everything that `from_pretrained` wants into `folder`; config.json goes last, so a folder with it is whole.
+    remote_code_from: str | Path | None = None,
+    image_area: int = 512 * 512,
+) -> tuple[str, ...]:
+    """Write the whole release; `folder` gets its name when all is there, in place of an earlier export.
 
     Args:
         dtype: type of the decoder's weights; the vision tokenizer stays in float32, or its codes would change.
+        remote_code_from: for `baai`: see `baai_contents`.
+        image_area: for `baai`: see `baai_contents`.
+
+    Returns:
+        What to know about the folder, and what the format cannot hold, in sentences.
 
     Raises:
-        InputError: a shape, vocabulary or vision tokenizer that transformers' Emu3 cannot express, or a folder that
-            holds a model that this function did not write.
+        InputError: a shape, vocabulary or vision tokenizer that the format cannot express, or a folder that holds what
+            this function did not write.
     """
     folder = Path(folder)
-    if is_hf_folder(folder) and not (folder / VOCABULARY).is_dir():
+    _refuse_others_folder(folder)
+    if format == "baai":
+        contents = baai_contents(source, dtype, remote_code_from=remote_code_from, image_area=image_area)
+    elif remote_code_from is not None:
+        raise InputError("remote_code_from: the transformers format has no code of its own; leave it out")
+    else:
+        contents = transformers_contents(source, dtype)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    _write(partial, contents, source, dtype)
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.rename(folder)
+    return contents.notes
+
+
+def _refuse_others_folder(folder: Path) -> None:
+    if not folder.exists() or (folder / VOCABULARY).is_dir() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if is_hf_folder(folder):
         raise InputError(f"{folder} holds a model that was not exported from here: give another output folder")
-    layout = vocabulary.layout
-    tokenizer = build_tokenizer(vocabulary.text, layout)
-    config = Emu3Config(
-        text_config=text_config(model.shape, layout, max_position_embeddings),
-        vq_config=vq_config(vision.config),
-        vocabulary_map=tokenizer.get_vocab(with_added_tokens=True),
-        architectures=["Emu3ForConditionalGeneration"],
-        dtype=dtype,
+    raise InputError(f"{folder} is not empty and no earlier export: give another output folder")
+
+
+def _write(folder: Path, contents: Contents, source: Source, dtype: torch.dtype) -> None:
+    write_weights(folder, contents.weights)
+    _write_files(folder, contents.files)
+    if contents.vision_files is not None:
+        save_vision_tokenizer(source.vision, folder / VISION_FOLDER)
+        _write_files(folder / VISION_FOLDER, contents.vision_files)
+    source.vocabulary.save(folder / VOCABULARY)
+    write_json(folder / "provenance.json", source.provenance)
+    (folder / "README.md").write_text(_card(contents, source, dtype), encoding="utf-8")
+    write_json(folder / "config.json", contents.config)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = "".join(f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in paths)
+    (folder / SUMS).write_text(sums, encoding="utf-8")
+
+
+def _write_files(folder: Path, files: Mapping[str, bytes | dict[str, Any]]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            write_json(path, earlier | content)
+
+
+def _card(contents: Contents, source: Source, dtype: torch.dtype) -> str:
+    layout, vision = source.vocabulary.layout, source.vision
+    tokenizer = (
+        f"vision tokenizer `{vision.identity}` with {vision.config.spatial_factor} pixels per code"
+        if vision
+        else "no vision tokenizer"
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("config.json", "preprocessor_config.json", "processor_config.json"):
-        (folder / stale).unlink(missing_ok=True)
-    write_weights(folder, _tensors(model, vision, dtype))
-    temporary = folder / "tokenizer.json.tmp"
-    tokenizer.save(str(temporary), pretty=False)
-    os.replace(temporary, folder / "tokenizer.json")
-    names = tokenizer_config(layout, max_position_embeddings)
-    has_processor = processor_reason(vision, vocabulary) is None
-    if has_processor:
-        names["processor_class"] = "Emu3Processor"
-        write_json(folder / "preprocessor_config.json", _PREPROCESSOR | {"processor_class": "Emu3Processor"})
-        write_json(folder / "processor_config.json", {"processor_class": "Emu3Processor"})
-    write_json(folder / "tokenizer_config.json", names)
-    roles = {"bos_token_id": layout.bos, "eos_token_id": layout.eos, "pad_token_id": layout.pad}
-    write_json(folder / "generation_config.json", _plain(GenerationConfig(**roles, **_SAMPLING)))
-    vocabulary.save(folder / VOCABULARY)
-    (folder / "README.md").write_text(_readme(model, vision, vocabulary, dtype), encoding="utf-8")
-    write_json(folder / "config.json", _plain(config))
-
-
-def processor_reason(vision: MoVQGAN, vocabulary: Vocabulary) -> str | None:
-    """Why transformers' Emu3Processor does not fit, in a sentence; None when it does."""
-    factor = vision.config.spatial_factor
-    if factor != PROCESSOR_SPATIAL_FACTOR:
-        return (
-            f"There is no processor: transformers' Emu3Processor is written for {PROCESSOR_SPATIAL_FACTOR} pixels per "
-            f"code, this vision tokenizer has {factor}."
-        )
-    if not vocabulary.block.frame_ends:
-        layout = vocabulary.layout.name
-        return f"There is no processor: transformers' Emu3Processor does not know the picture format of {layout}."
-    return None
-
-
-def _tensors(model: Emu3Model, vision: MoVQGAN, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in decoder_tensors(model, dtype):
-        yield TEXT_PREFIX + name, tensor
-    for name, tensor in vision_tensors(vision):
-        yield VISION_PREFIX + name, tensor
-
-
-def _plain(config: Emu3Config | GenerationConfig) -> dict[str, Any]:
-    return json.loads(config.to_json_string())
-
-
-def _readme(model: Emu3Model, vision: MoVQGAN, vocabulary: Vocabulary, dtype: torch.dtype) -> str:
-    padding = 2 * (model.vocab_size - vocabulary.layout.size) * model.shape.hidden_size
-    parameters = sum(parameter.numel() for parameter in model.parameters()) - padding
-    reason = processor_reason(vision, vocabulary)
-    imports = "AutoModelForImageTextToText, AutoTokenizer" + (", AutoProcessor" if reason is None else "")
-    load_processor = "\nprocessor = AutoProcessor.from_pretrained(folder)" if reason is None else ""
-    notes = [reason or "The processor resizes, encodes and writes prompts as Emu3's own does."]
-    if dtype != torch.float32:
-        notes.append(
-            "The vision tokenizer is stored in float32 and its codes are exact only there: load with "
-            "`dtype=torch.float32`, then convert `model.model.text_model` and `model.lm_head` as you like."
-        )
-    return f"""# Emu3 decoder and vision tokenizer
-
-{model.shape.num_layers} layers, {parameters:,} parameters,
-vocabulary `{vocabulary.layout.name}` of {vocabulary.layout.size:,} ids ({vocabulary.layout.codebook_size:,} visual),
-vision tokenizer `{vision.identity}` with {vision.config.spatial_factor} pixels per code.
+    notes = "\n".join(f"- {note}" for note in contents.notes)
+    type_name = str(dtype).removeprefix("torch.")
+    row_end = "EOL after each row, EOF" if source.vocabulary.block.frame_ends else "EOL between rows"
+    body = f"""{source.decoder.shape.num_layers} layers, {source.decoder.parameters:,} parameters in {type_name},
+vocabulary `{layout.name}` of {layout.size:,} ids ({layout.codebook_size:,} visual), {tokenizer}.
 
 ```python
-from transformers import {imports}
-model = AutoModelForImageTextToText.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder){load_processor}
+{contents.usage}
 ```
 
-{chr(10).join(notes)}
-
-A picture is `[BOS] caption [SOV] height*width [SOT] visual ids, EOL after each row, EOF, [EOV] [EOS]`. The tokenizer
-gives the ids that training used, with one exception: it turns the string of a special token inside a text, such as
-`<|image start|>`, into that token's id; in training such strings were text. Do not feed it untrusted text.
+{notes}
+- A picture is `[BOS] caption [SOV] height*width [SOT] visual ids, {row_end}, [EOV] [EOS]`.
+- `sha256sum -c {SUMS}` tells whether all files are as they were written.
 """
+    return model_card(
+        title="Emu3 decoder and vision tokenizer" if vision else "Emu3 decoder",
+        front=contents.front | {"tags": ["emu3"]},
+        body=body,
+        provenance=source.provenance,
+    )
+
+
+def check_release(folder: str | Path) -> dict[str, Any]:
+    """Check a release as a stranger finds it; returns what was done.
+
+    Every file against SHA256SUMS; then, in a process that knows nothing of this project and has no network,
+    transformers loads the folder and generates (selfcheck.py).
+
+    Raises:
+        InputError: the folder is not what was written, or transformers cannot use it.
+    """
+    folder = Path(folder)
+    files = _check_sums(folder)
+    command = [sys.executable, "-I", str(SELF_CHECK), str(folder)]
+    result = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True)
+    if result.returncode != 0:
+        reason = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
+        raise InputError(f"{folder} does not work in transformers: {reason[0][:500]}")
+    return {"files": files, **json.loads(result.stdout.splitlines()[-1])}
+
+
+def _check_sums(folder: Path) -> int:
+    """Number of files, all as SHA256SUMS says."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        expected = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{folder / SUMS}: cannot be read ({error}); give a folder that convert_checkpoint wrote"
+        ) from None
+    for name, digest in expected.items():
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: copy or export the folder again")
+        if sha256_of(folder / name) != digest:
+            raise InputError(f"{folder / name} is not what was written: copy or export the folder again")
+    return len(expected)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

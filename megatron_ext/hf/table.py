@@ -3,14 +3,19 @@
 A rule pairs one tensor of ours with one or more of theirs. Names are patterns: `{layer}` stands for a number, and the
 same placeholders appear on both sides. Values are related by an index: row i of our tensor is row `index[i]` of their
 tensors stacked, or a row of zeros where `index[i]` is -1 (padding). Being an injection on the rest, the index has an
-inverse, which is the other direction. A shard of tensor parallelism is nothing but a part of the index.
+inverse, which is the other direction. A shard of tensor parallelism is nothing but a part of the index. Tensors are
+lazy: a conversion reads the rows that are asked for.
 """
 
+import bisect
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
+
+from megatron_ext.checkpoint.lazy import LazyTensor
 
 Index = Callable[[int, int], torch.Tensor]
 """(rank, size) -> int64 indices of that shard's rows in their stacked rows; -1 is a padding row."""
@@ -39,39 +44,79 @@ class Rule:
     """Rows of each of their tensors; None: one tensor whose rows are ours."""
 
     index: Index | None = None
-    """Which of their rows a shard of ours holds; None: all in order, or an even cut along shard_dim."""
+    """Which of their rows a shard of ours holds; None: all in order, or cut by columns."""
 
-    shard_dim: int | None = None
-    """Dimension that tensor parallelism cuts where there is no index; None: every rank holds all."""
+    by_columns: bool = False
+    """Tensor parallelism cuts dimension 1; otherwise, and where there is no index, every rank holds all."""
 
     pointwise: bool = False
     """Our weight is a 1x1 convolution, theirs the matrix of a linear layer."""
 
-    def to_ours(self, theirs: list[torch.Tensor], rank: int = 0, size: int = 1) -> torch.Tensor:
+    def to_ours(self, theirs: list[LazyTensor], rank: int = 0, size: int = 1) -> LazyTensor:
         """Shard `rank` of `size` of our tensor."""
-        stacked = theirs[0] if len(theirs) == 1 else torch.cat(theirs)
         if self.index is not None:
-            index = self.index(rank, size).to(stacked.device)
-            ours = stacked[index.clamp(min=0)]
-            ours[index == PADDING] = 0
-            return ours
-        if self.shard_dim is not None and size > 1:
-            return stacked.chunk(size, dim=self.shard_dim)[rank].contiguous()
-        return stacked[..., None, None] if self.pointwise else stacked
+            return gather(theirs, self.index(rank, size))
+        (tensor,) = theirs
+        if self.by_columns and size > 1:
+            return _columns(tensor, rank, size)
+        return _reshaped(tensor, (*tensor.shape, 1, 1)) if self.pointwise else tensor
 
-    def to_theirs(self, shards: list[torch.Tensor]) -> list[torch.Tensor]:
+    def to_theirs(self, shards: list[LazyTensor]) -> list[LazyTensor]:
         """Their tensors, from all shards of ours in rank order: the inverse of `to_ours`."""
         if self.index is not None:
-            index = torch.cat([self.index(rank, len(shards)) for rank in range(len(shards))]).to(shards[0].device)
+            index = torch.cat([self.index(rank, len(shards)) for rank in range(len(shards))])
             kept = index != PADDING
-            inverse = torch.empty(int(kept.sum()), dtype=torch.int64, device=index.device)
-            inverse[index[kept]] = torch.arange(index.numel(), device=index.device)[kept]
-            stacked = (shards[0] if len(shards) == 1 else torch.cat(shards))[inverse]
-        else:
-            stacked = shards[0] if self.shard_dim is None else torch.cat(shards, dim=self.shard_dim)
-        if self.pointwise:
-            stacked = stacked.flatten(1)
-        return list(stacked.split(self.sizes)) if self.sizes and len(self.sizes) > 1 else [stacked]
+            inverse = torch.empty(int(kept.sum()), dtype=torch.int64)
+            inverse[index[kept]] = torch.arange(index.numel())[kept]
+            return [gather(shards, part) for part in inverse.split(self.sizes)]
+        tensor = _side_by_side(shards) if self.by_columns and len(shards) > 1 else shards[0]
+        return [_reshaped(tensor, tensor.shape[:-2]) if self.pointwise else tensor]
+
+
+def gather(sources: list[LazyTensor], index: torch.Tensor) -> LazyTensor:
+    """Rows `index` of the sources stacked, zeros where it is PADDING; consecutive rows are read in one go."""
+    first, ends = sources[0], list(itertools.accumulate(source.rows for source in sources))
+    # A run ends where the next row is not the next of the same source.
+    breaks = (index.diff() != 1) | (index[:-1] == PADDING)
+    breaks |= torch.isin(index[1:], torch.tensor(ends[:-1], dtype=index.dtype))
+    run_starts = [0, *(breaks.nonzero().flatten() + 1).tolist(), index.numel()]
+
+    def read(start: int, stop: int) -> torch.Tensor:
+        parts, place = [], start
+        while place < stop:
+            after = min(stop, run_starts[bisect.bisect_right(run_starts, place)])
+            row = int(index[place])
+            if row == PADDING:
+                parts.append(torch.zeros(after - place, *first.shape[1:], dtype=first.dtype))
+            else:
+                number = bisect.bisect_right(ends, row)
+                local = row - (ends[number] - sources[number].rows)
+                parts.append(sources[number].read(local, local + after - place))
+            place = after
+        return parts[0] if len(parts) == 1 else torch.cat([part.to(parts[0].device) for part in parts])
+
+    return LazyTensor(shape=(index.numel(), *first.shape[1:]), dtype=first.dtype, read=read)
+
+
+def _columns(tensor: LazyTensor, rank: int, size: int) -> LazyTensor:
+    """Part `rank` of `size` equal parts of dimension 1."""
+    shape = (tensor.shape[0], tensor.shape[1] // size, *tensor.shape[2:])
+    return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).chunk(size, dim=1)[rank])
+
+
+def _side_by_side(shards: list[LazyTensor]) -> LazyTensor:
+    """The inverse of `_columns`."""
+    shape = (shards[0].shape[0], sum(shard.shape[1] for shard in shards), *shards[0].shape[2:])
+    return replace(
+        shards[0],
+        shape=shape,
+        read=lambda start, stop: torch.cat([shard.read(start, stop) for shard in shards], dim=1),
+    )
+
+
+def _reshaped(tensor: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """Another shape of each row."""
+    return replace(tensor, shape=shape, read=lambda start, stop: tensor.read(start, stop).reshape(-1, *shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -106,13 +151,13 @@ class Table:
                 return Match(rule, rule.ours.format(**values), tuple(their.format(**values) for their in rule.theirs))
         raise UnknownName(name)
 
-    def to_theirs(self, ours: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Their (name, tensor) pairs from ours, unsharded, one rule at a time: nothing accumulates."""
+    def to_theirs(self, ours: Iterable[tuple[str, LazyTensor]]) -> Iterator[tuple[str, LazyTensor]]:
+        """Their (name, tensor) pairs from ours, unsharded."""
         for name, tensor in ours:
             match = self.match_ours(name)
             yield from zip(match.theirs, match.rule.to_theirs([tensor]), strict=True)
 
-    def to_ours(self, theirs: dict[str, torch.Tensor], rank: int = 0, size: int = 1) -> dict[str, torch.Tensor]:
+    def to_ours(self, theirs: Mapping[str, LazyTensor], rank: int = 0, size: int = 1) -> dict[str, LazyTensor]:
         """Shard `rank` of `size` of our tensors from theirs. Raises KeyError when a part of one of ours is missing."""
         matches = {match.ours: match for match in map(self.match_theirs, theirs)}
         return {

@@ -112,14 +112,14 @@ def tokenizer_config(layout: VocabLayout, max_position_embeddings: int) -> dict[
 
 def _qwen(text: QwenTokenizer) -> Tokenizer:
     """NFC, Qwen's splitting rule, byte-level byte-pair encoding."""
-    ranked = text.pieces()
     letters = _byte_letters()
-    spelled = ["".join(letters[byte] for byte in piece) for piece in ranked]
-    merges = [
-        ("".join(letters[byte] for byte in left), "".join(letters[byte] for byte in right))
-        for left, right in merges_of(ranked)
-    ]
-    tokenizer = Tokenizer(BPE(vocab={piece: rank for rank, piece in enumerate(spelled)}, merges=merges))
+
+    def spelled(piece: bytes) -> str:
+        return "".join(letters[byte] for byte in piece)
+
+    ranked = text.pieces()
+    merges = [(spelled(left), spelled(right)) for left, right in merges_of(ranked)]
+    tokenizer = Tokenizer(BPE(vocab={spelled(piece): rank for rank, piece in enumerate(ranked)}, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

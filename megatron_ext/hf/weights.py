@@ -1,27 +1,39 @@
-"""Safetensors folders, one file or many with an index, read and written tensor by tensor."""
+"""Safetensors folders, one file or many with an index, read and written by rows.
 
-import contextlib
+Not through the library `safetensors`, whose reader maps whole files and whose writer wants whole tensors: what a
+conversion has touched would count as its memory. The format is a page long (https://github.com/huggingface/safetensors):
+the length of a JSON header, the header, the tensors' bytes one after another.
+"""
+
 import json
 import os
+import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import Tensor
 
+from megatron_ext.checkpoint.lazy import LazyTensor
 from megatron_ext.config import InputError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # transformers' own default; also what BAAI published
 
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 
 class WeightsReader:
-    """The tensors of a folder by name; a tensor is read when asked for."""
+    """The tensors of a folder by name; their rows are read when asked for."""
 
     def __init__(self, folder: str | Path):
-        """Raises InputError when the folder holds no safetensors, or files that cannot be read."""
+        """Raises InputError when the folder holds no safetensors, or files that are incomplete."""
         self.folder = Path(folder)
         index = self.folder / INDEX
         if index.is_file():
@@ -30,76 +42,107 @@ class WeightsReader:
             files = [SINGLE]
         else:
             raise InputError(f"{self.folder}: neither {SINGLE} nor {INDEX} is there; give a Hugging Face model folder")
-        self._stack = contextlib.ExitStack()
-        self._file_of = {}
+        self._tensors: dict[str, LazyTensor] = {}
         for file in files:
-            try:
-                handle = self._stack.enter_context(safe_open(self.folder / file, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise InputError(f"{self.folder / file}: cannot be read ({error}); copy the folder again") from None
-            self._file_of |= dict.fromkeys(handle.keys(), handle)
-
-    def __enter__(self) -> "WeightsReader":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stack.close()
+            self._tensors |= _read_header(self.folder / file)
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self._file_of)
+        return set(self._tensors)
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        return self._file_of[name].get_tensor(name)
+    def __getitem__(self, name: str) -> LazyTensor:
+        """Raises InputError when there is no such tensor."""
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise InputError(f"{self.folder}: tensor {name} is missing; is the download complete?") from None
+
+
+def _read_header(path: Path) -> dict[str, LazyTensor]:
+    """The tensors of one file."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(min(length, size)))
+        header.pop("__metadata__", None)
+        tensors = {name: _lazy(path, 8 + length, fields) for name, fields in header.items()}
+        end = 8 + length + max((fields["data_offsets"][1] for fields in header.values()), default=0)
+    except (OSError, struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: cannot be read ({error or type(error).__name__}); copy the folder again") from None
+    if size != end:
+        raise InputError(f"{path}: has {size} bytes, its header says {end}; copy the folder again")
+    return tensors
+
+
+def _lazy(path: Path, data_start: int, fields: dict[str, Any]) -> LazyTensor:
+    dtype, shape = _DTYPES[fields["dtype"]], tuple(fields["shape"])
+    begin, end = fields["data_offsets"]
+    if torch.Size(shape).numel() * dtype.itemsize != end - begin:
+        raise ValueError(f"{shape} of {fields['dtype']} is not {end - begin} bytes")
+    row_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+
+    def read(start: int, stop: int) -> Tensor:
+        rows = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=dtype)
+        with path.open("rb", buffering=0) as file:
+            file.seek(data_start + begin + start * row_bytes)
+            _fill(file, memoryview(rows.reshape(-1).view(torch.uint8).numpy()))
+        return rows
+
+    return LazyTensor(shape=shape, dtype=dtype, read=read)
+
+
+def _fill(file: BinaryIO, buffer: memoryview) -> None:
+    while buffer:  # one call reads at most 2 GiB
+        if not (count := file.readinto(buffer)):
+            raise InputError(f"{file.name}: ends too early; copy the folder again")
+        buffer = buffer[count:]
 
 
 def write_weights(
-    folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES
+    folder: Path, tensors: Iterable[tuple[str, LazyTensor]], shard_bytes: int = SHARD_BYTES
 ) -> dict[str, str]:
-    """Write (name, tensor) pairs as model*.safetensors into `folder`; at most one shard is held in memory.
-
-    Files of an earlier or interrupted export are removed first. Returns name -> file.
+    """Write (name, tensor) pairs as model*.safetensors into `folder`, a piece at a time. Returns name -> file.
 
     Raises:
         ValueError: a name comes twice.
     """
-    for stale in (*folder.glob("model*.safetensors*"), *folder.glob("part-*.tmp")):
-        stale.unlink()
-    shards: list[list[str]] = []
-    held: dict[str, torch.Tensor] = {}
-    size = 0
-
-    def flush() -> None:
-        nonlocal held, size
-        save_file(held, folder / f"part-{len(shards):05d}.tmp", metadata={"format": "pt"})
-        shards.append(list(held))
-        held, size = {}, 0
-
-    total = 0
+    shards: list[dict[str, LazyTensor]] = [{}]
     for name, tensor in tensors:
-        if name in held or any(name in shard for shard in shards):
+        if any(name in shard for shard in shards):
             raise ValueError(f"tensor {name!r} is written twice")
-        if held and size + tensor.nbytes > shard_bytes:
-            flush()
-        # A copy: a part of a larger tensor would drag the whole storage into the file.
-        held[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        size += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    )
-    for number, name in enumerate(names):
-        part = folder / f"part-{number:05d}.tmp"
-        part.chmod(0o644)  # safetensors gives its files to their owner alone
-        os.replace(part, folder / name)
+        if shards[-1] and sum(held.nbytes for held in shards[-1].values()) + tensor.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    count = len(shards)
+    names = [SINGLE] if count == 1 else [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(folder / name, shard)
     files = {tensor: name for shard, name in zip(shards, names, strict=True) for tensor in shard}
-    if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": files}
-        write_json(folder / INDEX, index)
+    if count > 1:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": files})
     return files
+
+
+def _write_file(path: Path, tensors: dict[str, LazyTensor]) -> None:
+    """One safetensors file, byte for byte what the library `safetensors` writes."""
+    # Wide types first keeps every tensor aligned, which readers that map the file rely on.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in ordered:
+        begin, end = end, end + tensor.nbytes
+        fields = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = fields
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _, tensor in ordered:
+            for start, stop in tensor.ranges():
+                piece = tensor.read(start, stop).detach().cpu().contiguous()
+                file.write(memoryview(piece.reshape(-1).view(torch.uint8).numpy()))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -8,11 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, Emu3ForCausalLM, Emu3ForConditionalGeneration
 
+import megatron_ext.checkpoint.lazy as lazy_module
+from megatron_ext.checkpoint.decoder import load_weights
+from megatron_ext.checkpoint.open import find_checkpoint
+from megatron_ext.checkpoint.streaming import read_weights, write_weights
 from megatron_ext.config import InputError
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.hf import load_decoder_weights, load_vision_from_hf, read_vocabulary
+from megatron_ext.hf import load_decoder_weights, load_vision_from_hf, read_decoder, read_vocabulary
 from megatron_ext.hf.decoder import canonical_name
 from megatron_ext.hf.release import write_release
 from megatron_ext.model import Emu3Model, build_model
@@ -21,9 +25,10 @@ from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 from megatron_ext.vocab import Vocabulary
 from tests.support.distributed import run_distributed
 from tests.support.exported_decoder import load_release, logits_of_release
+from tests.support.releases import source_of
 from tests.support.small_models import DECODER, VISION, small_vocabulary
 
-LENGTH = 24
+IDS = np.random.default_rng(0).integers(0, small_vocabulary().layout.size, 24)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +40,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = build_model(DECODER, ParallelConfig(), vocabulary.layout, topology, seed=3)
         randomize_norms(model)
         torch.manual_seed(0)
-        write_release(folder, model, MoVQGAN(VISION).eval(), vocabulary, max_position_embeddings=128)
+        write_release(folder, source_of(model, MoVQGAN(VISION).eval(), vocabulary))
     return folder
 
 
@@ -47,14 +52,56 @@ def randomize_norms(model: Emu3Model) -> None:
             parameter.data.uniform_(0.5, 1.5, generator=generator)
 
 
-@pytest.mark.parametrize("tensor_parallel_size", [1, 2])
-def test_logits_equal(release: Path, tensor_parallel_size: int) -> None:
-    ids = np.random.default_rng(0).integers(0, small_vocabulary().layout.size, LENGTH)
+@pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
+def loaded(
+    release: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> tuple[list[torch.Tensor], Path]:
+    """Logits by each rank of a tensor axis that has loaded the release, and the checkpoint that it then saved."""
+    checkpoint = tmp_path_factory.mktemp("checkpoint")
+    arguments = (str(release), request.param, IDS, str(checkpoint))
+    if request.param == 1:
+        return [logits_of_release(*arguments)], checkpoint
+    return run_distributed(logits_of_release, request.param, *arguments), checkpoint
+
+
+def test_logits_equal(release: Path, loaded: tuple[list[torch.Tensor], Path]) -> None:
     theirs = Emu3ForConditionalGeneration.from_pretrained(release).eval()
     with torch.no_grad():
-        expected = theirs(input_ids=torch.from_numpy(ids)[None]).logits[0]
-    for logits in run_distributed(logits_of_release, tensor_parallel_size, str(release), tensor_parallel_size, ids):
+        expected = theirs(input_ids=torch.from_numpy(IDS)[None]).logits[0]
+    for logits in loaded[0]:
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)  # measured 0 on one rank, 1e-7 on two
+
+
+def test_a_checkpoint_is_read_by_rows(release: Path, loaded: tuple[list[torch.Tensor], Path]) -> None:
+    """What megatron-core has written, in shards of one rank and of two, is the release; so are any rows of it."""
+    tensors = read_weights(find_checkpoint(loaded[1]))
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = load_release(release, topology, ParallelConfig())
+    expected = {canonical_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        rows = slice(None)
+        if "output_layer" in name or "word_embeddings" in name:
+            rows = slice(0, model.layout.size)  # the rows of padding are more on two ranks
+        assert tensor.shape[1:] == expected[name].shape[1:], name
+        assert torch.equal(tensor.whole()[rows], expected[name][rows]), name
+        assert torch.equal(tensor.read(3, 41)[rows], expected[name][3:41]), name
+
+
+def test_a_checkpoint_written_by_rows_is_megatron_cores(
+    release: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_module, "PIECE_BYTES", 1000)
+    vocabulary = read_vocabulary(release)
+    tensors = read_decoder(release, vocabulary.layout).tensors
+    assert max(tensor.nbytes for tensor in tensors.values()) > 50_000
+    folder = write_weights(tmp_path, tensors, vocabulary, "{}", {})
+    with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
+        model = build_model(DECODER, ParallelConfig(), vocabulary.layout, topology, seed=0)
+        load_weights(folder, model)
+        expected = load_release(release, topology, ParallelConfig())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
 
 
 def test_loads_without_missing_or_surplus_tensors(release: Path) -> None:
@@ -68,7 +115,7 @@ def test_round_trip_is_bitwise(release: Path, tmp_path: Path) -> None:
     with Topology.start(RuntimeConfig(device="cpu"), ParallelConfig()) as topology:
         model = load_release(release, topology, ParallelConfig())
         vocabulary = read_vocabulary(release)
-        write_release(tmp_path, model, load_vision_from_hf(release), vocabulary, max_position_embeddings=128)
+        write_release(tmp_path, source_of(model, load_vision_from_hf(release), vocabulary))
         padding = model.embedding.word_embeddings.weight[vocabulary.layout.size :]
         assert padding.numel() and not padding.any()
     for path in sorted(release.rglob("*.*")):
@@ -132,6 +179,14 @@ def test_incomplete_folder_is_refused(release: Path, tmp_path: Path) -> None:
         model = build_model(DECODER, ParallelConfig(), small_vocabulary().layout, topology, seed=0)
         with pytest.raises(InputError, match="k_proj.weight is missing"):
             load_decoder_weights(tmp_path, model, topology)
+    tensors["text_model.model.layers.1.self_attn.k_proj.weight"] = torch.zeros(16, 47)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"k_proj.weight is \(16, 47\), config.json says \(16, 48\)"):
+        read_decoder(tmp_path, small_vocabulary().layout)
+    tensors["text_model.model.layers.2.self_attn.k_proj.weight"] = torch.zeros(16, 48)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="1 tensors belong to no part .*layers.2.self_attn.k_proj"):
+        read_decoder(tmp_path, small_vocabulary().layout)
 
 
 def test_names_of_all_parameters_are_canonical(release: Path) -> None:

@@ -47,12 +47,15 @@ def exported(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     output = tmp_path_factory.mktemp("exported")
     run, vision = trained
     convert_checkpoint.main(
-        ["to-hf", "--checkpoint", str(run), "--vision_tokenizer", str(vision), "--output", str(output)]
-    )
+        ["to-hf", "--checkpoint", str(run), "--vision_tokenizer", str(vision), "--output", str(output),
+         "--check", "false"]
+    )  # fmt: skip
     return output
 
 
-def test_round_trip_through_the_programs(exported: Path, trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_round_trip_through_the_programs(
+    exported: Path, trained: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     convert_checkpoint.main(["from-hf", "--hf", str(exported), "--output", str(tmp_path / "back")])
     vision = tmp_path / "back" / "vision_tokenizer"
     for name in ("config.json", "model.safetensors"):
@@ -61,6 +64,9 @@ def test_round_trip_through_the_programs(exported: Path, trained: tuple[Path, Pa
         ["to-hf", "--checkpoint", str(tmp_path / "back"), "--vision_tokenizer", str(vision),
          "--output", str(tmp_path / "again")]
     )  # fmt: skip
+    said = capsys.readouterr().out
+    assert "There is no processor" not in said
+    assert "checked" in said and "model Emu3ForConditionalGeneration, dtype float32, processor True" in said
     assert is_hf_folder(tmp_path / "again")
     for path in sorted(exported.rglob("*.*")):
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(exported)).read_bytes(), path.name
@@ -73,6 +79,11 @@ def test_another_model_is_not_overwritten(trained: tuple[Path, Path]) -> None:
             ["to-hf", "--checkpoint", str(run), "--vision_tokenizer", str(vision), "--output", str(vision)]
         )
     assert (vision / "model.safetensors").is_file()
+
+
+def test_a_vision_tokenizer_is_needed(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="vision_tokenizer is empty"):
+        convert_checkpoint.main(["to-hf", "--checkpoint", str(trained[0]), "--output", str(tmp_path / "x")])
 
 
 def test_drawing_from_checkpoint_and_from_export_is_the_same(
@@ -122,6 +133,7 @@ def test_captioning(exported: Path, tmp_path: Path) -> None:
         (["to-gguf"], "direction 'to-gguf'"),
         ([], "direction ''"),
         (["from-hf", "--hf", "/nowhere", "--output", "x"], "cannot be read"),
+        (["check", "--hf", "/nowhere"], "/nowhere/SHA256SUMS: cannot be read"),
     ],
 )
 def test_wrong_conversions_are_one_line(argv: list[str], message: str) -> None:

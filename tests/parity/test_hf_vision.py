@@ -4,8 +4,10 @@ import pytest
 import torch
 from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
-from megatron_ext.hf.vision import vision_table, vq_config
+from megatron_ext.hf import vision_tensors
+from megatron_ext.hf.vision import vq_config
 from megatron_ext.vision import MoVQGAN
+from tests.support.releases import whole
 from tests.support.small_models import VISION
 
 
@@ -22,7 +24,7 @@ def pair() -> tuple[MoVQGAN, Emu3VQVAE]:
         ours.quantize.embedding.weight.copy_(latents[torch.randperm(len(latents))[: VISION.codebook_size]])
         ours.decoder.conv_out.weight.mul_(0.1)  # pixels of order one, not ten
     theirs = Emu3VQVAE(Emu3VQVAEConfig(**vq_config(VISION))).eval()
-    theirs.load_state_dict(dict(vision_table().to_theirs(ours.state_dict().items())))
+    theirs.load_state_dict(whole(vision_tensors(ours)))
     return ours, theirs
 
 
