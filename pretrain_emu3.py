@@ -62,9 +62,16 @@ def train(config: RunConfig) -> None:
         Trainer(config.train, data, objective, optimizer, checkpoint, topology, run).fit(state)
 
 
+def tells(error: Exception) -> bool:
+    """Whether this rank is the one that reports what ends it."""
+    from megatron_ext.runtime.faults import is_told_here
+
+    return is_told_here(error)
+
+
 def cli() -> None:
     """Console script emu3-pretrain."""
-    run_program(main)
+    run_program(main, tells=tells)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Tokenized media, captions and text files into indexed datasets: `python tools/preprocess_data.py --config FILE`.
 
 Writes OUTPUT_PREFIX_train and, with a valid_fraction, OUTPUT_PREFIX_valid. The same inputs and options give the same
-bytes. Nothing appears under the final names before everything is complete.
+bytes. Nothing appears under the final names before everything is complete. Samples that cannot be used are skipped,
+counted and named; too many of them stop the program.
 """
 
 import hashlib
@@ -16,11 +17,20 @@ from typing import Literal
 import numpy as np
 from rich.console import Console
 
-from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config import BadSamples, InputError, load, run_program
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.data.indexed import DocumentDataset, DocumentWriter
 from megatron_ext.data.report import dataset_report
-from megatron_ext.data.sources import MediaSample, TextUnit, TokenizedFolder, find_text_files, read_texts
+from megatron_ext.data.sources import (
+    NOT_UNICODE,
+    BadText,
+    MediaSample,
+    TextUnit,
+    TokenizedFolder,
+    find_text_files,
+    is_unicode,
+    read_texts,
+)
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Segment, Text, Vocabulary
 
@@ -28,6 +38,17 @@ _TEXTS_AT_ONCE = 1024  # the text tokenizers encode a batch in parallel
 
 Document = tuple[str, list[Segment]]
 """Source key and segments."""
+
+
+@dataclass(kw_only=True)
+class Inputs:
+    """What was read so far."""
+
+    bad: BadSamples
+    samples: int = 0
+    """Pictures, clips and texts, the bad ones included."""
+    empty: Counter[str] = field(default_factory=Counter)
+    """Captions and texts without a character: passed over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +75,13 @@ class PreprocessConfig:
 
     caption_after_probability: float = 0.5
     """Probability of `after` for caption_position random; drawn per caption from seed and source key."""
+
+    missing_caption: Literal["skip", "keep"] = "skip"
+    """What a picture or clip without a caption is: a bad sample, or a document of its own."""
+
+    max_bad_fraction: float = 0.01
+    """Largest share of pictures, clips and texts that may be unusable (no caption, not UTF-8, no text in a .jsonl
+    line); more of them stop."""
 
     valid_fraction: float = 0.0
     """Share of the source keys held out; all documents of one picture fall on one side, whatever the seed."""
@@ -82,18 +110,19 @@ def preprocess(config: PreprocessConfig) -> None:
     vision_tokenizer = _common_tokenizer(folders, vocabulary)
     splits = ("train", "valid") if config.valid_fraction else ("train",)
     _refuse_stale_valid(config)
-    left_out: Counter[str] = Counter()
+    inputs = Inputs(bad=BadSamples(config.max_bad_fraction))
     with ExitStack() as stack:
         writers = {
             split: stack.enter_context(DocumentWriter(f"{config.output_prefix}_{split}", vocabulary, vision_tokenizer))
             for split in splits
         }
         for key, segments in itertools.chain(
-            _media_documents(folders, config, vocabulary, left_out),
-            _text_documents(text_files, config, vocabulary, left_out),
+            _media_documents(folders, config, vocabulary, inputs),
+            _text_documents(text_files, config, vocabulary, inputs),
         ):
             held_out = draw("valid", key) < config.valid_fraction
             writers["valid" if held_out else "train"].add(segments, key)
+        inputs.bad.check(inputs.samples)
         total = sum(len(writer) for writer in writers.values())
         for writer in writers.values():
             if total and not len(writer):
@@ -105,8 +134,10 @@ def preprocess(config: PreprocessConfig) -> None:
             writer.commit()
     for split in splits:
         print("\n".join(dataset_report(DocumentDataset(f"{config.output_prefix}_{split}", vocabulary))), flush=True)
-    for reason, count in (+left_out).items():
+    for reason, count in (+inputs.empty).items():
         print(f"left out: {count:,} {reason}")
+    for line in inputs.bad.lines():
+        print(line)
 
 
 def draw(*parts: int | str) -> float:
@@ -140,25 +171,31 @@ def _refuse_stale_valid(config: PreprocessConfig) -> None:
 
 
 def _media_documents(
-    folders: list[TokenizedFolder], config: PreprocessConfig, vocabulary: Vocabulary, left_out: Counter[str]
+    folders: list[TokenizedFolder], config: PreprocessConfig, vocabulary: Vocabulary, inputs: Inputs
 ) -> Iterator[Document]:
     for folder in folders:
         with progress(f"vision {folder.path}", folder.num_samples, "samples", Console()) as advance:
             for sample in folder.samples():
-                yield from _documents_of(sample, config, vocabulary, left_out)
+                yield from _documents_of(sample, config, vocabulary, inputs)
                 advance(1)
 
 
 def _documents_of(
-    sample: MediaSample, config: PreprocessConfig, vocabulary: Vocabulary, left_out: Counter[str]
+    sample: MediaSample, config: PreprocessConfig, vocabulary: Vocabulary, inputs: Inputs
 ) -> Iterator[Document]:
-    """A document for each caption (two for caption_position both); the medium alone where there is none."""
+    """A document for each caption (two for caption_position both)."""
+    inputs.samples += 1
     captions = [caption.strip() for caption in sample.captions]
-    left_out["empty captions"] += captions.count("")
+    inputs.empty["empty captions"] += captions.count("")
     captions = [caption for caption in captions if caption]
-    if not captions:
+    if not all(map(is_unicode, captions)):
+        inputs.bad.add(sample.key, f"a caption is {NOT_UNICODE}")
+        return
+    if not captions and config.missing_caption == "keep":
         yield sample.key, [sample.media]
-    for number, caption in enumerate(_encoded([(sample.key, caption) for caption in captions], vocabulary)):
+    elif not captions:
+        inputs.bad.add(sample.key, "it has no caption")
+    for number, caption in enumerate(_encoded(captions, vocabulary)):
         position = config.caption_position
         if position == "random":
             after = draw("caption", config.seed, sample.key, number) < config.caption_after_probability
@@ -170,7 +207,7 @@ def _documents_of(
 
 
 def _text_documents(
-    files: list[Path], config: PreprocessConfig, vocabulary: Vocabulary, left_out: Counter[str]
+    files: list[Path], config: PreprocessConfig, vocabulary: Vocabulary, inputs: Inputs
 ) -> Iterator[Document]:
     if not files:
         return
@@ -178,27 +215,18 @@ def _text_documents(
     with progress(f"text, {len(files)} files", size, "bytes", Console()) as advance:
         texts = (item for path in files for item in read_texts(path, config.text_unit, advance))
         while batch := list(itertools.islice(texts, _TEXTS_AT_ONCE)):
-            filled = [(key, text) for key, text in batch if text.strip()]
-            left_out["empty texts"] += len(batch) - len(filled)
-            for (key, _), text in zip(filled, _encoded(filled, vocabulary), strict=True):
+            inputs.samples += len(batch)
+            for bad in (item for item in batch if isinstance(item, BadText)):
+                inputs.bad.add(bad.place, bad.reason)
+            good = [item for item in batch if not isinstance(item, BadText)]
+            filled = [(key, text) for key, text in good if text.strip()]
+            inputs.empty["empty texts"] += len(good) - len(filled)
+            for (key, _), text in zip(filled, _encoded([text for _, text in filled], vocabulary), strict=True):
                 yield key, [text]
 
 
-def _encoded(texts: list[tuple[str, str]], vocabulary: Vocabulary) -> list[Text]:
-    """The ids of texts with their source keys.
-
-    Raises:
-        InputError: a text has no ids; the message names its key.
-    """
-    try:
-        return [Text(np.asarray(ids)) for ids in vocabulary.text.encode_batch([text for _, text in texts])]
-    except InputError:
-        for key, text in texts:  # a batch does not say which
-            try:
-                vocabulary.text.encode(text)
-            except InputError as error:
-                raise InputError(f"{key}: {error}") from None
-        raise
+def _encoded(texts: list[str], vocabulary: Vocabulary) -> list[Text]:
+    return [Text(np.asarray(ids)) for ids in vocabulary.text.encode_batch(texts)]
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
 """Pictures and clips to visual codes: folders or WebDataset tars in, tar shards of codes and a manifest out.
 
-What cannot be decoded is skipped, counted and named. Started again, the program takes up where it was interrupted, and
-does nothing when inputs, tokenizer and options are as they were; when they are not, it refuses or, if told so,
-overwrites.
+What cannot be decoded is skipped, counted and named; too much of it stops the program. Started again, it takes up where
+it was interrupted, and does nothing when inputs, tokenizer and options are as they were; when they are not, it refuses
+or, if told so, overwrites.
 """
 
 import functools
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from megatron_ext.config import InputError, as_dict, load, run_program
+from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.media import ResizeConfig, Sample, list_samples
 from megatron_ext.observe.progress import progress
@@ -47,6 +47,9 @@ class TokenizeVisionConfig:
 
     shard_size: int = 1000
     """Input samples of one shard; an interruption loses at most this much work."""
+
+    max_bad_fraction: float = 0.01
+    """Largest share of the samples that may be unusable (undecodable, unreadable captions); more of them stop."""
 
     overwrite: bool = False
     """Remove what output holds when it was made with other inputs, options or tokenizer; false refuses."""
@@ -88,21 +91,30 @@ def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(TokenizeVisionConfig, argv, prog="tokenize_vision")
     console = Console(highlight=False)
+    bad = BadSamples(config.max_bad_fraction)
     samples = list_samples(config.inputs)
     model = load_vision_tokenizer(config.tokenizer).to(choose_device(RuntimeConfig(device=config.device), 0))
     factor = model.config.spatial_factor
     if config.resize.rule == "square" and config.resize.size % factor:
         raise InputError(f"resize.size = {config.resize.size}: must be a multiple of the spatial factor {factor}")
     writer = ShardWriter(config.output, manifest_header(config, samples, model), overwrite=config.overwrite)
+    for item in writer.manifest["skipped"]:
+        bad.add(item["source"], item["reason"])
+    bad.check(len(samples))
     if writer.complete:
         console.print(f"{config.output} is finished and nothing has changed: reused", soft_wrap=True)
     else:
-        _tokenize_all(config, samples, model, writer, console)
-    _report(config, writer, console)
+        _tokenize_all(config, samples, model, writer, bad, console)
+    _report(config, writer, bad, console)
 
 
 def _tokenize_all(
-    config: TokenizeVisionConfig, samples: list[Sample], model: MoVQGAN, writer: ShardWriter, console: Console
+    config: TokenizeVisionConfig,
+    samples: list[Sample],
+    model: MoVQGAN,
+    writer: ShardWriter,
+    bad: BadSamples,
+    console: Console,
 ) -> None:
     decode = functools.partial(decode_sample, model=model, resizing=config.resize, clips=config.clips)
     done, start = writer.inputs_done, time.monotonic()
@@ -112,22 +124,23 @@ def _tokenize_all(
         for first in range(done, len(samples), config.shard_size):
             block = samples[first : first + config.shard_size]
             tokenized, skipped = tokenize(block, model, decode, batch_size=config.batch_size, advance=advance)
+            for item in skipped:
+                bad.add(item["source"], item["reason"])
+            bad.check(len(samples))  # the shards before this one stay: with a larger fraction the work goes on
             writer.write(tokenized, skipped, len(block))
     writer.finish()
     console.print(f"tokenized {len(samples) - done} samples in {time.monotonic() - start:.1f} s", soft_wrap=True)
 
 
-def _report(config: TokenizeVisionConfig, writer: ShardWriter, console: Console) -> None:
+def _report(config: TokenizeVisionConfig, writer: ShardWriter, bad: BadSamples, console: Console) -> None:
     manifest = writer.manifest
     console.print(
         f"{config.output}: {manifest['samples']['image']} pictures, {manifest['samples']['video']} clips in "
         f"{len(manifest['shards'])} shards, vision tokenizer {manifest['vision_tokenizer']}",
         soft_wrap=True,
     )
-    if manifest["skipped"]:
-        console.print(f"skipped {len(manifest['skipped'])}:")
-        for item in manifest["skipped"]:
-            console.print(f"  {item['source']}: {item['reason']}", markup=False, soft_wrap=True)
+    for line in bad.lines():
+        console.print(line, markup=False, soft_wrap=True)
     if not manifest["shards"]:
         raise InputError(f"none of the {len(manifest['skipped'])} samples of {config.inputs} could be used")
 

@@ -32,5 +32,9 @@ class DataConfig:
     """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x
     context_parallel_size."""
 
+    max_bad_fraction: float = 0.01
+    """Largest share of a dataset's documents that may not fit, with a picture or frame longer than a window; they are
+    skipped and named, more of them stop the run."""
+
     cache_dir: str | None = None
     """Folder of the packing index; empty puts it beside the first dataset."""

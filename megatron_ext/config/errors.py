@@ -1,23 +1,87 @@
 """Bad input: one clear line for the user; a traceback is kept for our own bugs."""
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
     """The user's input is at fault. The message names the field or file, its value and the fix, in one line."""
 
 
-def run_program(main: Callable[[list[str]], None], argv: list[str] | None = None) -> None:
+@contextlib.contextmanager
+def writing(path: object, field: str) -> Iterator[None]:
+    """While open, what the system says about a full disk or an impossible path becomes an InputError that names the
+    option `field` and `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{field}: cannot write {path} ({error.strerror or error}): make room, check its permissions, or give "
+            "another path"
+        ) from error
+
+
+class BadSamples:
+    """Samples that cannot be used: skipped, counted and named; too large a share of them stops the program."""
+
+    NAMED = 3
+    """How many of them the stopping line names."""
+
+    def __init__(self, max_fraction: float, *, field: str = "max_bad_fraction") -> None:
+        """`field` is the option that holds `max_fraction`. Raises InputError for a fraction outside 0..1."""
+        if not 0 <= max_fraction <= 1:
+            raise InputError(f"{field} is {max_fraction}: give a share in 0..1")
+        self.reasons: dict[str, str] = {}
+        """Source -> why it cannot be used."""
+        self._max_fraction = max_fraction
+        self._field = field
+
+    def add(self, source: str, reason: str) -> None:
+        """One more."""
+        self.reasons[source] = reason
+
+    def check(self, total: int) -> None:
+        """Raise InputError when they are more than the allowed share of `total` samples."""
+        if len(self.reasons) <= self._max_fraction * total:
+            return
+        named = [f"{_readable(source)}: {reason}" for source, reason in list(self.reasons.items())[: self.NAMED]]
+        more = "; ..." if len(self.reasons) > self.NAMED else ""
+        raise InputError(
+            f"{len(self.reasons):,} of {total:,} samples cannot be used, more than {self._field} "
+            f"{self._max_fraction:g} ({'; '.join(named)}{more}): repair or remove them, or raise {self._field}"
+        )
+
+    def lines(self) -> list[str]:
+        """A line for each."""
+        return [f"skipped {_readable(source)}: {reason}" for source, reason in self.reasons.items()]
+
+
+def _readable(source: str) -> str:
+    """A file's name as it can be printed: what is not UTF-8 in it as `\\xNN`."""
+    return source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def run_program(
+    main: Callable[[list[str]], None],
+    argv: list[str] | None = None,
+    *,
+    tells: Callable[[Exception], bool] = lambda error: True,
+) -> None:
     """Run a program's `main(argv)` and exit: 0 when done, 2 after an InputError, 130 after Ctrl-C.
 
-    An InputError is printed as one line on stderr; every other exception keeps its traceback.
+    An InputError is printed as one line on stderr; every other exception keeps its traceback. Where `tells` says False
+    another process reports the fault: this one exits with 2 and says nothing.
     """
     try:
         main(sys.argv[1:] if argv is None else argv)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    except Exception as error:
+        is_told = tells(error)
+        if is_told and not isinstance(error, InputError):
+            raise
+        if is_told:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

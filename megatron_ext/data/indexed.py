@@ -10,6 +10,7 @@ The same documents give the same bytes.
 """
 
 import array
+import contextlib
 import hashlib
 import json
 import logging
@@ -27,7 +28,7 @@ from types import TracebackType
 import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, writing
 from megatron_ext.data.packing import Spans
 from megatron_ext.vocab import Segment, Text, Video, Vocabulary, decode_document, encode_document, spans
 
@@ -181,7 +182,6 @@ class DocumentWriter:
 
     def __init__(self, prefix: str | Path, vocabulary: Vocabulary, vision_tokenizer: str | None):
         self.prefix = Path(prefix)
-        self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.vocabulary = vocabulary
         self.vision_tokenizer = vision_tokenizer
         self.documents: Counter[str] = Counter(dict.fromkeys(KINDS, 0))
@@ -189,7 +189,9 @@ class DocumentWriter:
         self.visual_ids = 0
         self.longest = 0
         self._sidecar = _SidecarBuilder()
-        self._builder = IndexedDatasetBuilder(str(self._partial(".bin")), dtype=np.int32)
+        with writing(self.prefix, "output_prefix"):
+            self.prefix.parent.mkdir(parents=True, exist_ok=True)
+            self._builder = IndexedDatasetBuilder(str(self._partial(".bin")), dtype=np.int32)
 
     def __enter__(self) -> "DocumentWriter":
         return self
@@ -197,7 +199,8 @@ class DocumentWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._builder.data_file.close()
+        with contextlib.suppress(OSError):  # on a full disk the last bytes have no room either
+            self._builder.data_file.close()
         for suffix in (".bin", ".idx", ".spans.npz", ".manifest.json"):
             self._partial(suffix).unlink(missing_ok=True)
         shutil.rmtree(self._partial(".vocabulary"), ignore_errors=True)
@@ -216,7 +219,8 @@ class DocumentWriter:
         except InputError as error:
             raise InputError(f"{key}: {error}") from None
         kind = document_kind(segments)
-        self._builder.add_document(ids, [len(ids)])
+        with writing(self.prefix, "output_prefix"):
+            self._builder.add_document(ids, [len(ids)])
         self._sidecar.add(kind, key, spans(ids, self.vocabulary))
         self.documents[kind] += 1
         self.ids[kind] += len(ids)
@@ -228,31 +232,32 @@ class DocumentWriter:
         """Complete the dataset; an older one of the same prefix is replaced.
 
         Raises:
-            InputError: no document was added.
+            InputError: no document was added, or a file cannot be written.
         """
         if not len(self):
             raise InputError(f"{self.prefix} would be empty: no input gave a document")
-        self._builder.finalize(str(self._partial(".idx")))
-        sidecar = self._sidecar.build()
-        sidecar.save(self._partial(".spans.npz"))
-        self.vocabulary.save(self._partial(".vocabulary"))
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            vocabulary=self.vocabulary.identity,
-            vision_tokenizer=self.vision_tokenizer,
-            documents=dict(self.documents),
-            ids=dict(self.ids),
-            visual_ids=self.visual_ids,
-            longest=self.longest,
-            files={suffix: _file_facts(self._partial(suffix)) for suffix in (".bin", ".idx", ".spans.npz")},
-            sidecar=sidecar.digest,
-        )
-        manifest.save(self._partial(".manifest.json"))
-        # Without its .idx the older dataset is no dataset: no moment shows a mixture of the two as a whole.
-        _path(self.prefix, ".idx").unlink(missing_ok=True)
-        shutil.rmtree(_path(self.prefix, ".vocabulary"), ignore_errors=True)
-        for suffix in (".vocabulary", ".bin", ".spans.npz", ".manifest.json", ".idx"):
-            os.replace(self._partial(suffix), _path(self.prefix, suffix))
+        with writing(self.prefix, "output_prefix"):
+            self._builder.finalize(str(self._partial(".idx")))
+            sidecar = self._sidecar.build()
+            sidecar.save(self._partial(".spans.npz"))
+            self.vocabulary.save(self._partial(".vocabulary"))
+            manifest = Manifest(
+                format_version=FORMAT_VERSION,
+                vocabulary=self.vocabulary.identity,
+                vision_tokenizer=self.vision_tokenizer,
+                documents=dict(self.documents),
+                ids=dict(self.ids),
+                visual_ids=self.visual_ids,
+                longest=self.longest,
+                files={suffix: _file_facts(self._partial(suffix)) for suffix in (".bin", ".idx", ".spans.npz")},
+                sidecar=sidecar.digest,
+            )
+            manifest.save(self._partial(".manifest.json"))
+            # Without its .idx the older dataset is no dataset: no moment shows a mixture of the two as a whole.
+            _path(self.prefix, ".idx").unlink(missing_ok=True)
+            shutil.rmtree(_path(self.prefix, ".vocabulary"), ignore_errors=True)
+            for suffix in (".vocabulary", ".bin", ".spans.npz", ".manifest.json", ".idx"):
+                os.replace(self._partial(suffix), _path(self.prefix, suffix))
         return manifest
 
     def _partial(self, suffix: str) -> Path:

@@ -22,6 +22,9 @@ from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset
 from megatron_ext.vocab import Vocabulary
 
+_NAMED = 5
+"""Source keys that a message names."""
+
 
 class BatchTopology(Protocol):
     """What the loader needs to know of a rank."""
@@ -105,9 +108,9 @@ class Loader:
                 f"{dataset.fill:.2%} full, {share:.2%} of the windows, {self._blend.epoch(number, samples):.2f} epochs"
             )
             if skipped := dataset.skipped_keys:
-                names = ", ".join(skipped[:5]) + (", ..." if len(skipped) > 5 else "")
                 lines.append(
-                    f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: {names}"
+                    f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: "
+                    f"{_first(skipped)}"
                 )
         return lines
 
@@ -128,7 +131,8 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
     """Open, check and pack all datasets. Sizes that span sections are checked before, by `config.validate`.
 
     Raises:
-        InputError: an incomplete dataset or one of another vocabulary; datasets of different vision tokenizers.
+        InputError: an incomplete dataset or one of another vocabulary; datasets of different vision tokenizers; too
+            many documents that do not fit.
     """
     packed = {
         section: [
@@ -143,6 +147,8 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         ]
         for section, datasets in (("train", data.train), ("valid", data.valid))
     }
+    for dataset in (*packed["train"], *packed["valid"]):
+        _refuse_misfits(dataset, data.max_bad_fraction)
     vision_tokenizer = _one_vision_tokenizer([*packed["train"], *packed["valid"]])
 
     def loader(datasets: list[PackedDataset], blend: tuple[DatasetConfig, ...]) -> Loader:
@@ -154,6 +160,22 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         valid=loader(packed["valid"], data.valid) if data.valid else None,
         vision_tokenizer=vision_tokenizer,
     )
+
+
+def _refuse_misfits(dataset: PackedDataset, max_fraction: float) -> None:
+    """Documents that cannot be packed are bad samples: skipped, and named by `Loader.summary`, up to a share."""
+    misfits, total = len(dataset.index.skipped_documents), len(dataset.documents)
+    if misfits > max_fraction * total:
+        raise InputError(
+            f"{dataset.documents.prefix}: {misfits:,} of {total:,} documents hold a picture or frame longer than "
+            f"train.seq_length {dataset.seq_length}, more than data.max_bad_fraction {max_fraction:g} "
+            f"({_first(dataset.skipped_keys)}): raise train.seq_length, or data.max_bad_fraction to train without them"
+        )
+
+
+def _first(keys: Sequence[str]) -> str:
+    """The first keys, for a message."""
+    return ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
 
 
 def _one_vision_tokenizer(datasets: Sequence[PackedDataset]) -> str | None:

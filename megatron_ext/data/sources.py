@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
@@ -24,6 +24,18 @@ TOKENS_FORMAT_VERSION = 1
 
 TextUnit = Literal["line", "paragraph", "file"]
 """What of a plain text file is one document; a paragraph ends at an empty line."""
+
+
+NOT_UNICODE = "not UTF-8: it has a broken byte or a lone surrogate"
+
+
+@dataclass(frozen=True)
+class BadText:
+    """A text that cannot be used."""
+
+    place: str
+    """File and first line."""
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -114,56 +126,74 @@ def find_text_files(patterns: Iterable[str]) -> list[Path]:
     return sorted(found)
 
 
-def read_texts(path: Path, unit: TextUnit, on_read: Callable[[int], None]) -> Iterator[tuple[str, str]]:
+def read_texts(path: Path, unit: TextUnit, on_read: Callable[[int], None]) -> Iterator[tuple[str, str] | BadText]:
     """(source key, text) of each document of a text file; the key is the path, `#` and a number from 1.
 
-    A .jsonl file has a document per line, in field `text`. Blank texts are given too: the caller counts them.
-    `on_read` is told the bytes of each line read.
+    A .jsonl file has a document per line, in field `text`. Blank texts are given too: the caller counts them. What is
+    not UTF-8, or no JSON object with a string `text`, comes as a BadText. `on_read` is told the bytes of each line.
 
     Raises:
-        InputError: the file cannot be read, a line is not UTF-8, or no JSON object with a string `text`.
+        InputError: the file cannot be read.
     """
     try:
         with path.open("rb") as file:
-            lines = _decoded_lines(file, path, on_read)
+            lines = _lines(file, on_read)
             if path.suffix == ".jsonl":
-                texts = (_json_text(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip())
+                units = ((line.number, _json_text(line.text)) for line in lines if line.text.strip())
             else:
-                texts = _units(lines, unit)
-            for number, text in enumerate(texts, 1):
-                yield f"{path.as_posix()}#{number}", text
+                units = _units(lines, unit)
+            for number, (line_number, text) in enumerate(units, 1):
+                if text is None:
+                    yield BadText(f"{path}:{line_number}", "no JSON object with a string in field text")
+                elif not is_unicode(text):
+                    yield BadText(f"{path}:{line_number}", NOT_UNICODE)
+                else:
+                    yield f"{path.as_posix()}#{number}", text
     except OSError as error:
         raise InputError(f"cannot read text {path}: {error.strerror}") from None
 
 
-def _decoded_lines(file: BinaryIO, path: Path, on_read: Callable[[int], None]) -> Iterator[str]:
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Line(NamedTuple):
+    number: int
+    text: str
+
+
+def _lines(file: BinaryIO, on_read: Callable[[int], None]) -> Iterator[_Line]:
+    """The lines; bytes that are not UTF-8 become lone surrogates, so that the unit around them is found first."""
     for number, line in enumerate(file, 1):
         on_read(len(line))
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}:{number} is not UTF-8 ({error.reason}): convert the file") from None
+        yield _Line(number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape"))
 
 
-def _units(lines: Iterable[str], unit: TextUnit) -> Iterator[str]:
+def _units(lines: Iterable[_Line], unit: TextUnit) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each unit."""
     if unit == "file":
-        yield "".join(lines)
+        yield 1, "".join(line.text for line in lines)
     elif unit == "line":
-        yield from (line.rstrip("\r\n") for line in lines if line.strip())
+        yield from ((line.number, line.text.rstrip("\r\n")) for line in lines if line.text.strip())
     else:
-        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line.strip())):
+        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line.text.strip())):
             if has_text:
-                yield "".join(group).rstrip("\r\n")
+                paragraph = list(group)
+                yield paragraph[0].number, "".join(line.text for line in paragraph).rstrip("\r\n")
 
 
-def _json_text(line: str, place: str) -> str:
+def _json_text(line: str) -> str | None:
+    """Field `text`; None where there is none."""
     try:
         text = json.loads(line)["text"]
     except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise InputError(f"{place} is no JSON object with a string in field text")
-    return text
+        return None
+    return text if isinstance(text, str) else None
 
 
 def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -66,7 +66,7 @@ class PackedDataset:
         self.documents = DocumentDataset(prefix, vocabulary)
         self.seq_length = seq_length
         self.alignment = alignment
-        self._pad = vocabulary.layout.pad
+        self._pad, self._num_ids = vocabulary.layout.pad, vocabulary.layout.size
         folder = Path(cache_dir) if cache_dir else self.documents.prefix.parent / "packing_cache"
         self.index = _cached_index(self.documents, self._shape, folder)
 
@@ -85,6 +85,8 @@ class PackedDataset:
             labels[piece.begin : last] = piece_ids[1:]
             mask[piece.begin : last] = True
             boundaries.append(piece.end)
+        if not 0 <= ids.min() <= ids.max() < self._num_ids:  # an embedding on a GPU would only say "assert triggered"
+            self._name_foreign_id(window)
         if boundaries[-1] < self.seq_length:
             boundaries.append(self.seq_length)
         return Window(ids, labels, mask, np.array(boundaries))
@@ -107,6 +109,17 @@ class PackedDataset:
             begin = pieces[-1].end if pieces else 0
             pieces.append(Piece(document, start, length, begin, begin - (-length // self.alignment) * self.alignment))
         return tuple(pieces)
+
+    def _name_foreign_id(self, window: int) -> None:
+        for piece in self.pieces(window):
+            ids = self.documents.ids(piece.document, piece.start, piece.length)
+            foreign = (ids < 0) | (ids >= self._num_ids)
+            if foreign.any():
+                raise InputError(
+                    f"{self.documents.prefix}.bin holds id {ids[foreign][0]} in document {piece.document} "
+                    f"({self.documents.sidecar.key(piece.document)}), the vocabulary's are 0..{self._num_ids - 1}: "
+                    "copy the file again or preprocess again; tools/inspect_data.py --validate true checks all of it"
+                )
 
     def keys(self, window: int) -> tuple[str, ...]:
         """Source keys of a window's pieces, in order."""

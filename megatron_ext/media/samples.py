@@ -43,10 +43,17 @@ class Extent:
     """Modification time of the file in nanoseconds, as it was listed."""
 
     def read(self) -> bytes:
-        """The bytes."""
-        with self.path.open("rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+        """The bytes.
+
+        Raises:
+            MediaError: the file cannot be read.
+        """
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as error:
+            raise MediaError(f"cannot be read ({error.strerror})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,7 @@ class Sample:
         """The captions, that of KEY.txt first, then those of KEY.json in its order; no empty one, none twice.
 
         Raises:
-            MediaError: KEY.txt is not UTF-8, or KEY.json is refused by `json_captions`.
+            MediaError: KEY.txt is not UTF-8, KEY.json is refused by `json_captions`, or one cannot be read.
         """
         found: list[str] = []
         if self.text:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
+from megatron_ext.config import writing
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
@@ -59,9 +60,10 @@ class Run:
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
         """
-        if is_main:
-            Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
-        run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
+        with writing(observe.run_dir, "observe.run_dir"):
+            if is_main:
+                Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
+            run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
         run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
         try:
             yield run

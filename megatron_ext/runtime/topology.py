@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +163,9 @@ def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world
         dist.barrier()
     finally:
         parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        # NCCL parts when its peers do, and those may wait for a rank that failed: the end of its process aborts.
+        if sys.exception() is None or device.type == "cpu" or world_size == 1:
+            dist.destroy_process_group()
         # megatron-core keeps rotary frequencies by context group (an lru_cache), and a group that is kept its threads.
         RotaryEmbedding.forward.cache_clear()
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, writing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -62,7 +62,8 @@ class ShardWriter:
             InputError: the folder's header is another one; with `overwrite` the folder is started anew.
         """
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder, "output"):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self.complete = False
         fresh = {"format_version": FORMAT_VERSION, **header}
         fresh |= {"samples": {"image": 0, "video": 0}, "skipped": [], "inputs_done": 0, "shards": []}
@@ -155,5 +156,9 @@ class ShardWriter:
 
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with writing(path, "output"):
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -205,7 +205,7 @@ def test_a_run_is_resumed_only_as_what_it_was(workplace, straight, arguments, na
 
 def test_documents_that_do_not_fit_are_named(workplace):
     arguments = ("--train.seq_length", "8", "--train.train_steps", "3", "--train.eval_interval", "0")
-    result = pretrain(workplace, "small", *arguments)
+    result = pretrain(workplace, "small", *arguments, "--data.max_bad_fraction", "1")
     assert result.returncode == 0, result.stderr
     assert "documents skipped, a picture or frame exceeds a window: key/" in result.stdout
 

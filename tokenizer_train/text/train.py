@@ -19,7 +19,7 @@ from typing import Literal
 
 import sentencepiece
 
-from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config import BadSamples, InputError, load, run_program, writing
 from megatron_ext.media import MediaError, json_captions
 from megatron_ext.vocab import SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
@@ -47,6 +47,9 @@ class TextTokenizerTrainConfig:
     character_coverage: float = 0.9995
     """Share of the corpus' characters, 0.98..1, that get a piece of their own; the rest is written in bytes."""
 
+    max_bad_fraction: float = 0.01
+    """Largest share of lines and caption files that may not be UTF-8 or JSON; they are skipped, more of them stop."""
+
     def __post_init__(self) -> None:
         if not 0.98 <= self.character_coverage <= 1:
             raise InputError(f"character_coverage {self.character_coverage} is outside SentencePiece's 0.98..1")
@@ -70,11 +73,11 @@ class Corpus:
         return sum(map(len, self.lines))
 
 
-def read_corpus(patterns: tuple[str, ...]) -> Corpus:
-    """All lines of the files that `patterns` match.
+def read_corpus(patterns: tuple[str, ...], bad: BadSamples) -> Corpus:
+    """All lines of the files that `patterns` match; lines that are not UTF-8, and unreadable captions, go to `bad`.
 
     Raises:
-        InputError: a pattern matches nothing, a file is no UTF-8 text or JSON, or there is no text at all.
+        InputError: a pattern matches nothing, a file cannot be read, too much is bad, or there is no text at all.
     """
     files = set()
     for pattern in patterns:
@@ -83,7 +86,8 @@ def read_corpus(patterns: tuple[str, ...]) -> Corpus:
             raise InputError(f"input {pattern!r} matches no file: check the path, relative to {Path.cwd()}")
         files.update(match for match in matches if match.is_file())
     ordered = tuple(sorted(files))
-    lines = tuple(line for path in ordered for line in _text(path).splitlines() if line.strip())
+    lines = tuple(line for path in ordered for line in _lines(path, bad) if line.strip())
+    bad.check(len(lines) + len(bad.reasons))
     if not lines:
         raise InputError(f"input: the {len(ordered)} matching files hold no text")
     return Corpus(files=ordered, lines=lines)
@@ -130,7 +134,10 @@ def main(argv: list[str]) -> None:
     """Read, train, check as `Vocabulary.load` will, write the model and its report."""
     config = load(TextTokenizerTrainConfig, argv, prog="python -m tokenizer_train.text.train")
     output = Path(config.output)
-    corpus = read_corpus(config.input)
+    bad = BadSamples(config.max_bad_fraction)
+    corpus = read_corpus(config.input, bad)
+    for line in bad.lines():
+        print(line, flush=True)
     print(f"read {len(corpus.files)} files: {len(corpus.lines):,} lines, {corpus.characters:,} characters", flush=True)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)
     started = time.monotonic()
@@ -167,17 +174,25 @@ def _report(config: TextTokenizerTrainConfig, corpus: Corpus, tokenizer: Sentenc
     }
 
 
-def _text(path: Path) -> str:
-    """A file's text; of JSON the captions."""
+def _lines(path: Path, bad: BadSamples) -> Iterator[str]:
+    """A file's lines; of JSON those of the captions."""
     try:
         content = path.read_bytes()
-        return "\n".join(json_captions(content)) if path.suffix == ".json" else content.decode("utf-8")
+        if path.suffix == ".json":
+            yield from "\n".join(json_captions(content)).splitlines()
+            return
     except OSError as error:
         raise InputError(f"input: cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"input: {path} is not UTF-8 text (byte {error.start}): convert it or leave it out") from None
     except MediaError as error:
-        raise InputError(f"input: {path}: {error}; correct it or leave it out") from None
+        bad.add(str(path), str(error))
+        return
+    # A broken byte becomes a lone surrogate, which cannot be encoded again: it spoils its line, not the file.
+    for number, line in enumerate(content.decode("utf-8", errors="surrogateescape").splitlines(), 1):
+        try:
+            line.encode()
+            yield line
+        except UnicodeEncodeError:
+            bad.add(f"{path}:{number}", "not UTF-8")
 
 
 def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Exception:
@@ -204,10 +219,14 @@ def _interruptible() -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with writing(path, "output"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class MediaConfig:
     clip_max_frames: int = 120
     """Frames of a clip at most, from its start."""
 
+    max_bad_fraction: float = 0.01
+    """Largest share of the pictures and clips that may turn out to be unusable; they are skipped, more of them stop."""
+
     cached_samples: int = 256
     """Decoded pictures and clips kept in memory."""
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_ext.config import InputError
+from megatron_ext.config import BadSamples, InputError
 from megatron_ext.data.order import Permutation, derive_key
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
 from megatron_ext.vision import from_uint8
@@ -33,8 +33,8 @@ class TrainingMedia:
         samples = list_samples(config.inputs)
         self.pictures = [sample for sample in samples if sample.kind == "image"]
         self.clips = [sample for sample in samples if sample.kind == "video"]
-        self.unusable: dict[str, str] = {}
-        """Source and reason of every sample that turned out to be unusable so far."""
+        self.bad = BadSamples(config.max_bad_fraction, field="media.max_bad_fraction")
+        """What turned out to be unusable so far."""
         if config.clip_share and not self.clips:
             raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no clip; set it to 0")
         if config.clip_share < 1 and not self.pictures:
@@ -51,13 +51,14 @@ class TrainingMedia:
             frames = self._pictures_of(step, random)
         return from_uint8(np.stack(frames))
 
-    def whole(self, sample: Sample) -> np.ndarray:
+    def whole(self, sample: Sample) -> np.ndarray | None:
         """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
 
-        Raises:
-            MediaError: it cannot be used.
+        None where it cannot be used.
         """
-        decoded = self._decoded(sample)
+        decoded = self._decoded_or_bad(sample)
+        if decoded is None:
+            return None
         return decoded if sample.kind == "video" else self._square(decoded)
 
     def _pictures_of(self, step: int, random: np.random.Generator) -> list[np.ndarray]:
@@ -92,13 +93,20 @@ class TrainingMedia:
         """The decoded sample at `position`, or the next one that can be decoded."""
         for offset in range(len(samples)):
             sample = samples[(position + offset) % len(samples)]
-            if sample.source in self.unusable:
-                continue
-            try:
-                return self._decoded(sample)
-            except MediaError as error:
-                self.unusable[sample.source] = str(error)
+            if (decoded := self._decoded_or_bad(sample)) is not None:
+                return decoded
         raise InputError(f"media.inputs = {self.config.inputs}: none of {len(samples)} samples can be decoded")
+
+    def _decoded_or_bad(self, sample: Sample) -> np.ndarray | None:
+        """The decoded sample; None, and a note, where it cannot be used. Too many of those raise InputError."""
+        if sample.source in self.bad.reasons:
+            return None
+        try:
+            return self._decoded(sample)
+        except MediaError as error:
+            self.bad.add(sample.source, str(error))
+            self.bad.check(len(self.pictures) + len(self.clips))
+            return None
 
     def _decode(self, sample: Sample) -> np.ndarray:
         """A picture at its own size, a clip's frames at the training size."""

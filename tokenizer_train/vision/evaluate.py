@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from megatron_ext.media import MediaError
 from megatron_ext.vision import MoVQGAN, from_uint8, to_uint8
 from tokenizer_train.vision.codebook import perplexity
 from tokenizer_train.vision.data import TrainingMedia
@@ -50,10 +49,8 @@ def reconstruct(model: MoVQGAN, media: TrainingMedia, limit: int) -> list[Recons
     device = next(model.parameters()).device
     found = []
     for sample in (*media.pictures[:limit], *media.clips[:limit]):
-        try:
-            original = media.whole(sample)
-        except MediaError as error:
-            media.unusable[sample.source] = str(error)
+        original = media.whole(sample)
+        if original is None:
             continue
         pixels = from_uint8(original)[None].to(device)
         is_clip = sample.kind == "video"

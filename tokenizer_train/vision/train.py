@@ -11,7 +11,6 @@ import torch
 
 from megatron_ext.config import load, run_program, to_yaml
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.media import readable_name
 from megatron_ext.observe import Run
 from megatron_ext.resilience.signals import StopRequest
 from megatron_ext.runtime.device import choose_device, set_threads
@@ -38,8 +37,8 @@ def main(argv: list[str]) -> None:
         trainer.resume()
         _announce(trainer, run)
         trainer.fit(lambda: stop.requested)
-        for source, reason in media.unusable.items():
-            run.console.print(f"skipped {readable_name(source)}: {reason}", markup=False, soft_wrap=True)
+        for line in media.bad.lines():
+            run.console.print(line, markup=False, soft_wrap=True)
         if trainer.step == config.train.train_steps:
             _finish(trainer, run)
     if trainer.step < config.train.train_steps:

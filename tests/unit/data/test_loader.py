@@ -34,6 +34,18 @@ def config(tmp_path_factory, vocabulary) -> DataConfig:
     )
 
 
+def test_too_many_documents_that_do_not_fit_stop(tmp_path, vocabulary):
+    rng = np.random.default_rng(0)
+    documents = [[picture(rng, 8, 8)] if number < 2 else [picture(rng)] for number in range(8)]
+    dataset = DatasetConfig(prefix=str(write_dataset(tmp_path / "set", vocabulary, documents)))
+    lenient = DataConfig(train=(dataset,), max_bad_fraction=0.25)
+    summary = build_data(lenient, TRAIN, vocabulary, Place()).train.summary(8)
+    assert summary[1] == "set: 2 documents skipped, a picture or frame exceeds a window: key/0, key/1"
+    message = r"set: 2 of 8 documents .* train.seq_length 64, more than data.max_bad_fraction 0.24 \(key/0, key/1\)"
+    with pytest.raises(InputError, match=message):
+        build_data(replace(lenient, max_bad_fraction=0.24), TRAIN, vocabulary, Place())
+
+
 def windows(batch, place: Place) -> torch.Tensor:
     return batch.tokens_BT.reshape(batch.num_windows, -1) if place.context_parallel_size == 1 else batch.tokens_BT
 

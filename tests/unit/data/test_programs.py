@@ -36,6 +36,7 @@ def arguments(folder: Path, output: str = "out/set", **options) -> list[str]:
         "vision": [str(folder / "codes")],
         "text": [str(folder / "*.txt"), str(folder / "*.jsonl")],
         "output_prefix": folder / output,
+        "missing_caption": "keep",
         **options,
     }
     return [f"--{name}={json.dumps(value) if isinstance(value, list) else value}" for name, value in given.items()]
@@ -149,23 +150,30 @@ def test_bad_media_are_refused(inputs):
         preprocess_data.main(arguments(inputs))
 
 
-def test_bad_text_is_refused_by_line(inputs):
-    (inputs / "web.jsonl").write_text('{"text": "fine"}\n{"content": "no text"}\n')
-    with pytest.raises(InputError, match="web.jsonl:2 is no JSON object"):
-        preprocess_data.main(arguments(inputs))
-    (inputs / "web.jsonl").unlink()
-    (inputs / "prose.txt").write_bytes(b"fine\n\xff\xfe\n")
-    with pytest.raises(InputError, match="prose.txt:2 is not UTF-8"):
-        preprocess_data.main(arguments(inputs, text=[str(inputs / "prose.txt")]))
-
-
-def test_text_that_is_not_unicode_is_refused_by_key(inputs):
-    (inputs / "web.jsonl").write_text('{"text": "fine"}\n{"text": "half \\ud83d"}\n')
-    with pytest.raises(InputError, match="web.jsonl#2: text has a lone surrogate"):
-        preprocess_data.main(arguments(inputs))
-    write_tokenized_folder(inputs / "other", {"photo": (np.ones((1, 1), int), ["fine", "half \ud83d"])})
-    with pytest.raises(InputError, match="photo: text has a lone surrogate"):
-        preprocess_data.main(arguments(inputs, vision=[str(inputs / "other")]))
+def test_bad_samples_are_skipped_by_name_and_stop_above_their_fraction(inputs, capsys):
+    (inputs / "web.jsonl").write_text('{"text": "fine"}\n{"content": "no text"}\n{"text": "half \\ud83d"}\n["x"]\n')
+    (inputs / "prose.txt").write_bytes(b"fine\n\nfirst line\nsecond \xff line\n\nfine again\n")
+    half = {"half": (np.ones((1, 1), int), ["fine", "half \ud83d"]), "whole": (np.ones((1, 1), int), ["fine"])}
+    other = str(write_tokenized_folder(inputs / "other", half))
+    given = {"vision": [str(inputs / "codes"), other], "missing_caption": "skip"}
+    preprocess_data.main(arguments(inputs, max_bad_fraction=6 / 41, **given))
+    skipped = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")]
+    unicode = "not UTF-8: it has a broken byte or a lone surrogate"
+    assert skipped == [
+        "skipped bare: it has no caption",
+        f"skipped half: a caption is {unicode}",
+        f"skipped {inputs}/prose.txt:3: {unicode}",
+        f"skipped {inputs}/web.jsonl:2: no JSON object with a string in field text",
+        f"skipped {inputs}/web.jsonl:3: {unicode}",
+        f"skipped {inputs}/web.jsonl:4: no JSON object with a string in field text",
+    ]
+    keys = [key for key, _ in decoded(inputs / "out/set_train")]
+    assert not {"bare", "half"} & set(keys) and "whole" in keys
+    assert [key.rsplit("/")[-1] for key in keys if "#" in key] == ["prose.txt#1", "prose.txt#3", "web.jsonl#1"]
+    message = "6 of 41 samples cannot be used, more than max_bad_fraction 0.14 .bare: it has no caption; half: .*; ..."
+    with pytest.raises(InputError, match=message):
+        preprocess_data.main(arguments(inputs, "again/set", max_bad_fraction=0.14, **given))
+    assert not list((inputs / "again").iterdir())
 
 
 def test_a_stale_held_out_set_is_refused(inputs):

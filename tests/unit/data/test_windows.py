@@ -67,6 +67,24 @@ def test_what_cannot_fit_is_named(tmp_path, vocabulary):
         PackedDataset(write_dataset(tmp_path / "big", vocabulary, [[picture(rng)]]), vocabulary, 4)
 
 
+def test_an_id_outside_the_vocabulary_is_named(tmp_path, vocabulary):
+    rng = np.random.default_rng(0)
+    prefix = write_dataset(tmp_path / "set", vocabulary, [[text_of(vocabulary, 20, rng)] for _ in range(3)])
+    ids = np.memmap(f"{prefix}.bin", dtype=np.int32, mode="r+")
+    for foreign in (vocabulary.layout.size, -1):
+        ids[30] = foreign  # documents of 22 ids: the second one
+        ids.flush()
+        dataset = PackedDataset(prefix, vocabulary, 22)
+        fine = 0
+        for window in range(3):
+            if dataset.keys(window) == ("key/1",):
+                with pytest.raises(InputError, match=rf"set.bin holds id {foreign} in document 1 \(key/1\)"):
+                    dataset[window]
+            else:
+                fine += len(dataset[window].ids)
+        assert fine == 44
+
+
 def test_the_index_is_cached_by_all_that_shaped_it(tmp_path, vocabulary):
     prefix = random_dataset(tmp_path / "set", vocabulary)
 

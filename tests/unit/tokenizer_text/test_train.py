@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config import InputError, load
+from megatron_ext.config import BadSamples, InputError, load
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.vocab import SentencePieceTokenizer, Vocabulary
 from tokenizer_train.text.train import TextTokenizerTrainConfig, main, read_corpus, train_model
@@ -43,7 +43,7 @@ def _arguments(corpus: Path, output: str | Path, **options: object) -> list[str]
 
 
 def test_corpus(corpus: Path) -> None:
-    found = read_corpus((f"{corpus}/*.txt", f"{corpus}/**/*", f"{corpus}/*.json"))
+    found = read_corpus((f"{corpus}/*.txt", f"{corpus}/**/*", f"{corpus}/*.json"), BadSamples(0))
     assert [path.name for path in found.files] == ["a.txt", "b.txt", "c.json"]
     assert found.lines == ("another cat", "sat", *filter(None, LINES), "two cats", "两只猫", "cats")
 
@@ -108,7 +108,7 @@ def test_report_may_not_replace_the_model(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_the_size_an_error_names_works(corpus: Path) -> None:
-    lines = read_corpus((f"{corpus}/*.txt",)).lines
+    lines = read_corpus((f"{corpus}/*.txt",), BadSamples(0)).lines
 
     def train(vocab_size: int) -> SentencePieceTokenizer:
         config = TextTokenizerTrainConfig(input=("unused",), output="unused", vocab_size=vocab_size)
@@ -125,8 +125,8 @@ def test_the_size_an_error_names_works(corpus: Path) -> None:
     [
         ("none.txt", None, "matches no file"),
         ("empty.txt", b"\n \n", "hold no text"),
-        ("latin.txt", b"caf\xe9", r"latin.txt is not UTF-8 text \(byte 3\)"),
-        ("list.json", b"[1]", "list.json: its captions are unreadable: not a JSON object; correct it or leave it out"),
+        ("latin.txt", b"caf\xe9", r"1 of 1 samples .* max_bad_fraction 0.01 \(.*latin.txt:1: not UTF-8\)"),
+        ("list.json", b"[1]", "list.json: its captions are unreadable: not a JSON object"),
         ("broken.json", b"{", "broken.json: its captions are unreadable: Expecting"),
         ("half.json", b'{"caption": "\\ud83d"}', "half.json: its captions are unreadable: .* surrogates"),
     ],
@@ -135,7 +135,17 @@ def test_bad_files(tmp_path: Path, name: str, content: bytes | None, message: st
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
-        read_corpus((str(tmp_path / name),))
+        read_corpus((str(tmp_path / name),), BadSamples(0.01))
+
+
+def test_a_bad_line_and_a_bad_caption_file_are_skipped_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\ncaf\xe9\nfine again\n")
+    (tmp_path / "b.json").write_text("{")
+    bad = BadSamples(0.5)
+    assert read_corpus((f"{tmp_path}/*",), bad).lines == ("fine", "fine again")
+    assert list(bad.reasons) == [f"{tmp_path}/a.txt:2", f"{tmp_path}/b.json"]
+    with pytest.raises(InputError, match="2 of 4 samples cannot be used, more than max_bad_fraction 0.49"):
+        read_corpus((f"{tmp_path}/*",), BadSamples(0.49))
 
 
 def test_shipped_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

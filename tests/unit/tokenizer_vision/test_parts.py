@@ -1,5 +1,7 @@
 """Losses, initial weights, codebook care, batches and evaluation of the vision tokenizer's training."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -141,10 +143,13 @@ def test_every_epoch_has_every_picture_once(folder):
 
 def test_unusable_pictures_are_passed_over_and_named(folder):
     (folder / "2.png").write_bytes(b"damaged")
-    config = MediaConfig(inputs=[str(folder)], size=8, batch_size=5, augmented_share=0)
+    strict = MediaConfig(inputs=[str(folder)], size=8, batch_size=5, augmented_share=0)
+    with pytest.raises(InputError, match=r"1 of 5 samples .* media.max_bad_fraction 0.01 \(.*2.png: not a readable"):
+        TrainingMedia(strict, seed=1, chunk_frames=4).batch(1)
+    config = replace(strict, max_bad_fraction=1.0)
     media = TrainingMedia(config, seed=1, chunk_frames=4)
     assert sorted(whole_pictures(media, 1)) == [0, 1, 3, 3, 4]
-    assert list(media.unusable) == [str(folder / "2.png")]
+    assert media.bad.lines() == [f"skipped {folder / '2.png'}: {media.bad.reasons[str(folder / '2.png')]}"]
     for path in folder.glob("*.png"):
         path.write_bytes(b"damaged")
     with pytest.raises(InputError, match="none of 5"):

@@ -68,6 +68,7 @@ def arguments(media, tokenizer, tmp_path):
         "--resize.min_pixels=1024",
         "--resize.max_pixels=2048",
         "--batch_size=2",
+        "--max_bad_fraction=0.4",
         "--device=cpu",
     ]
 
@@ -162,6 +163,20 @@ def test_a_caption_that_is_not_unicode_is_skipped_by_name(arguments, media, tmp_
     assert [item["key"] for item in skipped] == ["a", "d"] and "surrogates not allowed" in skipped[0]["reason"]
 
 
+def test_too_many_bad_samples_stop_and_the_work_before_them_stays(arguments, media, tmp_path, capsys):
+    strict = [*arguments, "--shard_size=2", "--max_bad_fraction=0.16"]
+    with pytest.raises(InputError, match=r"1 of 6 samples .* max_bad_fraction 0.16 \(.*d.jpg: not a readable picture"):
+        tokenize_vision.main(strict)
+    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"codes-00000.tar", "manifest.partial.json"}
+    lenient = [*strict, "--max_bad_fraction=0.17"]
+    tokenize_vision.main(lenient)
+    printed = capsys.readouterr().out
+    assert "2 of 6 samples were done before" in printed
+    assert f"skipped {media / 'd.jpg'}: not a readable picture" in printed
+    with pytest.raises(InputError, match="1 of 6 samples"):  # of a finished folder too
+        tokenize_vision.main(strict)
+
+
 def test_preprocessing_reads_what_is_written(tmp_path):
     rng = np.random.default_rng(0)
     picture, clip = rng.integers(0, 70_000, (2, 3)), rng.integers(0, 70_000, (4, 2, 3))
@@ -236,4 +251,4 @@ def test_wrong_options_are_refused(arguments, media):
     for path in media.glob("[abcev].*"):
         path.unlink()
     with pytest.raises(InputError, match="none of the 1 samples"):
-        tokenize_vision.main(arguments)
+        tokenize_vision.main([*arguments, "--max_bad_fraction=1"])

@@ -1,0 +1,111 @@
+"""A fault under torchrun: one line by the lowest rank that saw it, and the end of all ranks."""
+
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_ext.config import load
+from megatron_ext.config.run import RunConfig
+from megatron_ext.data import build_data
+from megatron_ext.runtime.faults import SETTLE_S
+from megatron_ext.vocab import Vocabulary
+from tests.support.small_run import write_small_run
+
+DEADLINE_S = 60 - SETTLE_S
+"""From the line to the end; the line comes at most SETTLE_S after the fault."""
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_small_run(folder)
+    return folder
+
+
+def torchrun(*arguments: str, own_files: Path | None = None) -> list[str]:
+    """What two ranks of the program print on stderr; with `own_files`, rank R gets `--config own_files/R.yaml`.
+
+    Fails when they do not end, with an exit code other than 0, within DEADLINE_S of the first error line.
+    """
+    program = [sys.executable, "pretrain_emu3.py", *arguments]
+    if own_files is not None:
+        program = ["bash", "-c", f'exec "$@" --config {own_files}/$RANK.yaml', "bash", *program]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
+         *program],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    lines, told = [], None
+    for line in process.stderr:
+        lines.append(line.rstrip())
+        told = told or (time.monotonic() if line.startswith("error: ") else None)
+    assert process.wait() != 0 and told, "\n".join(lines)
+    assert time.monotonic() - told < DEADLINE_S, "\n".join(lines)
+    return lines
+
+
+def check_told_once(lines: list[str], *named: str) -> None:
+    """One `error:` line that holds `named`, and no traceback of a rank before torchrun's own report."""
+    [position] = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    assert all(name in lines[position] for name in named), lines[position]
+    assert sum("Traceback" in line for line in lines) == 1, "\n".join(lines)
+    assert "ChildFailedError" in "".join(lines)  # the one traceback is torchrun's
+
+
+def test_a_fault_that_all_ranks_see(workplace):
+    run = workplace / "all"
+    lines = torchrun("--config", str(workplace / "config.yaml"), "--observe.run_dir", str(run), "--optim.lrr", "1")
+    check_told_once(lines, "'optim.lrr'", "did you mean 'optim.lr'?")
+    assert not run.exists()
+
+
+def test_a_fault_that_rank_1_sees_before_it_joins(workplace):
+    """Rank 0 waits for it in the rendezvous."""
+    own = workplace / "own"
+    own.mkdir()
+    (own / "0.yaml").write_text("{}\n")
+    (own / "1.yaml").write_text(yaml.safe_dump({"vocab": {"text_tokenizer": "no/such.model"}}))
+    lines = torchrun(
+        "--config", str(workplace / "config.yaml"), "--observe.run_dir", str(workplace / "early"), own_files=own
+    )
+    check_told_once(lines, "no/such.model")
+    assert not (workplace / "early").exists()
+
+
+@dataclass(frozen=True)
+class Place:
+    data_parallel_rank: int
+    data_parallel_size: int = 2
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
+
+
+def test_a_fault_that_rank_1_sees_while_it_trains(workplace):
+    """Rank 0 waits for it in a collective, and is told by torchrun to save and stop."""
+    for path in workplace.glob("train.*"):
+        target = workplace / f"damaged{path.name.removeprefix('train')}"
+        shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+    options = ["--config", str(workplace / "config.yaml"), "--observe.run_dir", str(workplace / "late")]
+    options += ["--data.train", f'[{{"prefix": "{workplace / "damaged"}"}}]']
+    config = load(RunConfig, options)
+    vocabulary = Vocabulary.load(config.vocab)
+    loaders = [build_data(config.data, config.train, vocabulary, Place(rank)).train for rank in (0, 1)]
+    before = [place for step in (0, 4, 8) for loader in loaders for places in loader._places(step) for place in places]
+    [(_, window), *_] = [place for places in loaders[1]._places(12) for place in places if place not in before]
+    dataset = loaders[1].datasets[0]
+    document = dataset.pieces(window)[0].document
+    ids = np.memmap(f"{dataset.documents.prefix}.bin", dtype=np.int32, mode="r+")
+    ids[int(dataset.documents.lengths[:document].sum()) + 1] = 10**6
+    ids.flush()
+
+    lines = torchrun(*options)
+    check_told_once(lines, "damaged.bin holds id 1000000", f"in document {document} (key/{document})")
+    steps = (workplace / "late" / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 3 and not (workplace / "late" / "checkpoints" / "latest").exists()
