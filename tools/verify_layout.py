@@ -72,8 +72,8 @@ def main(argv: list[str]) -> None:
         return  # one rank fails: a second might have the launcher end the first before it said why
     first = found.disagreements[0]
     raise InputError(
-        f"this layout does not train as one process does: {first.quantity} off by {first.difference:.1e} rounding "
-        f"explaining {first.bound:.1e} ({first.place}): choose another layout, and report the table above"
+        f"this layout does not train as one process does: {first.quantity} off by {first.difference:.1e}, rounding "
+        f"explains {first.bound:.1e} ({first.place}): choose another layout, and report the table above"
     )
 
 

@@ -31,7 +31,7 @@ BATCH = "tests/unit/data/test_batch.py"
 WINDOWS = "tests/unit/data/test_windows.py"
 PRETRAIN = "tests/integration/test_pretrain.py"
 RESUMED = (f"{PRETRAIN}::test_stop_and_resume_is_the_straight_run_bit_for_bit",)
-GROUPS_WITHOUT_CONTEXT = '__import__("dataclasses").replace({}, dp_cp={}.dp)'
+WITHOUT_CONTEXT = 'type({0})(**(vars({0}) | {{"dp_cp": {0}.dp}}))'
 
 GRADIENTS = (
     Mutant(
@@ -47,9 +47,7 @@ GRADIENTS = (
         resembles="context ranks train on their own tokens and drift apart (Megatron-LM #7452)",
         file="megatron_ext/optim/build.py",
         old="        module=model,\n        pg_collection=topology.groups,\n",
-        new="        module=model,\n        pg_collection="
-        + GROUPS_WITHOUT_CONTEXT.format("topology.groups", "topology.groups")
-        + ",\n",
+        new=f"        module=model,\n        pg_collection={WITHOUT_CONTEXT.format('topology.groups')},\n",
         tests=CONTEXT,
     ),
     Mutant(
@@ -100,9 +98,7 @@ LOSSES = (
         resembles="the gradient is divided by one context rank's labels (Megatron-LM #7513)",
         file="megatron_ext/train/step.py",
         old="            pg_collection=self.topology.groups,\n",
-        new="            pg_collection="
-        + GROUPS_WITHOUT_CONTEXT.format("self.topology.groups", "self.topology.groups")
-        + ",\n",
+        new=f"            pg_collection={WITHOUT_CONTEXT.format('self.topology.groups')},\n",
         tests=CONTEXT,
     ),
     Mutant(
