@@ -45,9 +45,7 @@ def test_a_program_that_cannot_be_imported_is_not_called_caught(tree):
 
 
 def test_a_program_that_cannot_be_set_up_is_not_called_caught(tree):
-    (tree / "test_larger.py").write_text(
-        "import pytest\nfrom code_under_test import larger\n\n\n@pytest.fixture\ndef two():\n    return larger(1, 2)\n\n\n"
-        "def test_larger(two):\n    assert two == 2\n"
-    )
+    (tree / "conftest.py").write_text("import pytest\nfrom code_under_test import larger\n\n"
+                                      "@pytest.fixture(autouse=True)\ndef two():\n    larger(1, 2)\n")  # fmt: skip
     with pytest.raises(BrokenMutant, match="1 error"):
         hunt([mutant("a > b", "a > c")], tree)
