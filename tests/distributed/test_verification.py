@@ -11,7 +11,7 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from tests.support.decoding import LAYOUT
-from tests.support.distributed import run_distributed, use_next_store
+from tests.support.distributed import use_next_store
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
@@ -52,11 +52,11 @@ def verify_all(cases: list[tuple[dict, dict]], world_size: int) -> list:
 
 
 @pytest.fixture(scope="module")
-def verifications(request):
+def verifications(request, ranks):
     """Case -> comparisons of every rank, for the cases that this session selected."""
     selected = {item.callspec.params["case"] for item in request.session.items if request.module is item.module}
     cases = [case for case in CASES if case in selected]
-    by_rank = run_distributed(verify_all, 2, [CASES[case] for case in cases], 2)
+    by_rank = ranks.run(verify_all, 2, [CASES[case] for case in cases], 2)
     return dict(zip(cases, zip(*by_rank, strict=True), strict=True))
 
 

@@ -20,6 +20,7 @@ from megatron_ext.train import resume_or_init
 from megatron_ext.train.step import MicrobatchRunner
 from megatron_ext.vision import MoVQGAN
 from tests.support.decoding import global_batch
+from tests.support.releases import source_of
 from tests.support.small_models import DECODER, VISION, small_vocabulary
 
 
@@ -27,7 +28,7 @@ def write(kind: str, folder: Path, model: Emu3Model, topology: Topology) -> None
     if kind == "checkpoint":
         save_weights(folder, model, topology, small_vocabulary(), "{}\n")
     else:
-        write_release(folder, model, MoVQGAN(VISION).eval(), small_vocabulary(), max_position_embeddings=128)
+        write_release(folder, source_of(model, MoVQGAN(VISION).eval(), small_vocabulary()))
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "hf"])
