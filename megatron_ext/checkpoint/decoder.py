@@ -279,7 +279,10 @@ def _beside_weights(vocab: Vocabulary, config_yaml: str) -> Any:
 
 def _folder_of(outcome: SaveOutcome) -> Path:
     if outcome.folder is None:
-        raise OSError(f"checkpoint of step {outcome.step} was not saved: {outcome.failure}")
+        raise InputError(
+            f"the checkpoint of step {outcome.step} was not saved ({outcome.failure}): make room, check permissions, "
+            "or give another path"
+        )
     return outcome.folder
 
 

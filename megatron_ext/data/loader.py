@@ -85,6 +85,13 @@ class Loader:
         loader._topology = topology
         return loader
 
+    def own_keys(self, consumed_samples: int) -> list[tuple[str, ...]]:
+        """Source keys of each of this rank's microbatches."""
+        return [
+            tuple(key for dataset, window in places for key in self.datasets[dataset].keys(window))
+            for places in self.places(consumed_samples)
+        ]
+
     def keys(self, consumed_samples: int) -> list[tuple[str, ...]]:
         """Source keys of each window of the whole global batch, the same on every rank; for naming a step's data."""
         return [
@@ -109,8 +116,7 @@ class Loader:
             )
             if skipped := dataset.skipped_keys:
                 lines.append(
-                    f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: "
-                    f"{_first(skipped)}"
+                    f"{name}: {len(skipped):,} documents skipped, a picture or frame exceeds a window: {first(skipped)}"
                 )
         return lines
 
@@ -169,11 +175,11 @@ def _refuse_misfits(dataset: PackedDataset, max_fraction: float) -> None:
         raise InputError(
             f"{dataset.documents.prefix}: {misfits:,} of {total:,} documents hold a picture or frame longer than "
             f"train.seq_length {dataset.seq_length}, more than data.max_bad_fraction {max_fraction:g} "
-            f"({_first(dataset.skipped_keys)}): raise train.seq_length, or data.max_bad_fraction to train without them"
+            f"({first(dataset.skipped_keys)}): raise train.seq_length, or data.max_bad_fraction to train without them"
         )
 
 
-def _first(keys: Sequence[str]) -> str:
+def first(keys: Sequence[str]) -> str:
     """The first keys, for a message."""
     return ", ".join(keys[:_NAMED]) + (", ..." if len(keys) > _NAMED else "")
 

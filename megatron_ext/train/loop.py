@@ -9,7 +9,7 @@ from megatron_ext.checkpoint.attempt import SaveOutcome
 from megatron_ext.checkpoint.decoder import DecoderCheckpoint
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.train import TrainConfig
-from megatron_ext.data.loader import Data
+from megatron_ext.data.loader import Data, first
 from megatron_ext.objectives import Objective
 from megatron_ext.observe import Run
 from megatron_ext.optim import Optimizer
@@ -22,6 +22,9 @@ from megatron_ext.train.step import MicrobatchRunner
 
 LAST_ATTEMPTS = 2
 """At the last step of a start nothing comes after that could try again."""
+
+MOST_RANKS = 3
+"""Ranks that the line about a loss that is not finite names."""
 
 
 class Trainer:
@@ -90,11 +93,10 @@ class Trainer:
         result = self.optimizer.step(state.step + 1)
         if not math.isfinite(result.grad_norm):
             self._report(self.checkpoint.finish())
-            keys = sorted({key for window in self.data.train.keys(state.consumed_samples) for key in window})
             raise InputError(
-                f"step {state.step + 1} has gradient norm {result.grad_norm} and loss {losses['loss']}, on documents "
-                f"of {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}: nothing was saved since the last "
-                "checkpoint; lower optim.lr or look at the data"
+                f"step {state.step + 1} has gradient norm {result.grad_norm} and loss {losses['loss']}; "
+                f"{self._where_not_finite(state)}: nothing was saved since the last checkpoint; lower optim.lr or look "
+                f"at the data (tools/inspect_data.py --step {state.step + 1})"
             )
         synchronize(self.topology.device)
         seconds = time.perf_counter() - started
@@ -116,6 +118,18 @@ class Trainer:
             }
         )
         return state
+
+    def _where_not_finite(self, state: TrainState) -> str:
+        """The ranks whose loss is not finite and their documents, else the documents of the step. Every rank calls."""
+        by_microbatch = self.data.train.own_keys(state.consumed_samples)
+        mine = sorted({key for number in self.runner.not_finite() for key in by_microbatch[number]})
+        gathered = self.topology.gather(mine)
+        by_rank = dict(enumerate(gathered)) if gathered is not None else {self.topology.rank: mine}
+        named = [f"rank {rank}'s loss is not finite, on documents {first(k)}" for rank, k in by_rank.items() if k]
+        if named:
+            return "; ".join(named[:MOST_RANKS]) + ("; ..." if len(named) > MOST_RANKS else "")
+        every = sorted({key for window in self.data.train.keys(state.consumed_samples) for key in window})
+        return f"every loss is finite, on documents {first(every)}"
 
     def _evaluate(self, state: TrainState) -> None:
         """Losses on the first global batches of the held-out blend, always the same ones."""
@@ -140,18 +154,21 @@ class Trainer:
 
     def _save_last(self, state: TrainState) -> None:
         """Save the state reached, unless it is, and wait for it; with a second attempt where the first fails."""
-        self._report(self.checkpoint.finish())
+        outcome = self._report(self.checkpoint.finish())
         for _ in range(LAST_ATTEMPTS):
             if self.checkpoint.saved_step != state.step:
                 self._start_save(state)
-                self._report(self.checkpoint.finish())
+                outcome = self._report(self.checkpoint.finish())
         if self.checkpoint.saved_step != state.step:
-            raise OSError(f"step {state.step} could not be saved: the events save_failed in events.jsonl say why")
+            raise InputError(
+                f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): make room "
+                "or check permissions, and start the run again; it goes on from its last checkpoint"
+            )
 
-    def _report(self, outcome: SaveOutcome | None) -> None:
-        """Log how a save ended, where one has."""
+    def _report(self, outcome: SaveOutcome | None) -> SaveOutcome | None:
+        """Log how a save ended, where one has; returns it."""
         if outcome is None:
-            return
+            return None
         took = {"seconds": outcome.seconds, "blocked_seconds": outcome.blocked_seconds}
         if outcome.folder is not None:
             self.run.log_event("save", step=outcome.step, folder=outcome.folder.name, **took)
@@ -161,3 +178,4 @@ class Trainer:
                 f"step {outcome.step} was not saved ({outcome.failure}): the next due step tries again",
                 markup=False, soft_wrap=True,
             )  # fmt: skip
+        return outcome

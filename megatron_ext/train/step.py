@@ -20,6 +20,11 @@ class MicrobatchRunner:
         self.objective = objective
         self.topology = topology
         self.seed = seed
+        self._loss_sums: list[torch.Tensor] = []
+
+    def not_finite(self) -> list[int]:
+        """Which of this rank's microbatches of the last run had a loss that is NaN or infinite."""
+        return [number for number, loss in enumerate(self._loss_sums) if not torch.isfinite(loss)]
 
     def run(
         self, microbatches: Sequence[Batch], dataset_names: Sequence[str], *, step: int, forward_only: bool = False
@@ -31,6 +36,7 @@ class MicrobatchRunner:
         """
         names = self.objective.metric_names(dataset_names)
         queue = iter(enumerate(microbatches))
+        self._loss_sums = []
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.topology.device)
 
         def forward_step(_: object, wrapped: DistributedDataParallel) -> tuple:
@@ -41,6 +47,7 @@ class MicrobatchRunner:
 
             def loss_func(output_BT: torch.Tensor) -> tuple:
                 result = self.objective.loss(batch, output_BT, dataset_names)
+                self._loss_sums.append(result.loss_sum.detach())
                 sums.add_(
                     torch.stack([torch.stack([value.double() for value in result.metrics[name]]) for name in names])
                 )

@@ -1,7 +1,10 @@
 """Bad input to whole programs: exit code 2, one line that names what is wrong, nothing half-written."""
 
+import contextlib
+import resource
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 import pretrain_emu3
 from megatron_ext.config import run_program
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
-from tests.integration.fault_rows import ROWS, Row, pretrain
+from tests.integration.fault_rows import ROWS, Row, preprocess, pretrain, text_tokenizer, tokenize
 from tests.support.small_run import write_small_run
 from tests.unit.data.samples import CODEBOOK_SIZE, write_tokenized_folder
 
@@ -89,6 +92,48 @@ def test_one_line_and_nothing_half_written(name, workplace, tmp_path, monkeypatc
 
 def test_the_table_is_long_enough():
     assert len(ROWS) >= 40
+
+
+@contextlib.contextmanager
+def full_disk(most_bytes: int) -> Iterator[None]:
+    """No file may grow past `most_bytes`: writing fails as on a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    ("row", "most_bytes"),
+    [
+        (pretrain("--train.train_steps 1", "step 1 could not be saved", "run/checkpoints", "File too large"), 40_000),
+        (preprocess("--text [{w}/long.txt]", "output_prefix", "out/set_train", "File too large"), 8_192),
+        (tokenize("--inputs [{w}/media]", "output", "codes-00000.tar", "File too large"), 4_096),
+        (text_tokenizer("--input [{w}/long.txt] --vocab_size 300", "output", "text.model", "File too large"), 1_024),
+    ],
+    ids=["checkpoint", "dataset", "codes", "text tokenizer"],
+)  # fmt: skip
+def test_a_full_disk(row, most_bytes, workplace, tmp_path, capsys):
+    (workplace / "long.txt").write_text("a cat sits on the mat\n\n" * 1000)
+    with full_disk(most_bytes):
+        line = told(row, workplace, tmp_path / "out", capsys)
+    assert not [name for name in row.names if name not in line], line
+
+
+def test_a_loss_that_is_not_finite(workplace, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    row = pretrain("--optim.lr 1e30 --checkpoint.save_interval 1")
+    with pytest.raises(SystemExit) as end:
+        run_program(row.program.main, row.arguments.format(w=workplace, out=out).split())
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert end.value.code == 2
+    saved = int((out / "run/checkpoints/latest").read_text().strip().removeprefix("step_"))
+    assert (
+        f"step {saved + 1} has gradient norm nan and loss nan; rank 0's loss is not finite, on documents key/" in line
+    )
 
 
 def test_an_unknown_megatron_core(workplace, tmp_path, monkeypatch, capsys):
