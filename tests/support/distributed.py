@@ -89,8 +89,10 @@ class Ranks:
 
 
 def use_next_store() -> None:
-    """On a rank, before it joins a process group again: keys of the last one must not meet those of the next."""
+    """On a rank, before it joins a process group again: keys of the last group must not meet those of the next, and its
+    threads, dozens of them, go with the garbage."""
     _place[1] += 1
+    gc.collect()
 
 
 def _serve(rank: int, port: int, tasks: Any, results: Any) -> None:
@@ -100,8 +102,9 @@ def _serve(rank: int, port: int, tasks: Any, results: Any) -> None:
     with contextlib.suppress(EOFError):  # the parent closed its end, or is gone
         while True:
             task = tasks.recv_bytes()
-            gc.freeze()  # megatron-core collects garbage at every load, and the modules it would search are many
             results.put((rank, *_outcome(task)))
+            gc.collect()
+            gc.freeze()  # the modules, so that collecting garbage between process groups does not search them each time
 
 
 def _meet_in(store: Store) -> None:
