@@ -39,16 +39,41 @@ def seeds(ranks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def walked(request, ranks, seeds):
-    """{case: (history, weights) of every rank} of the world size that is the parameter."""
-    mine = [case for case in CASES if case.world_size == request.param]
-    trainings = [
-        options(*case.reference)
-        | {"micro_batch_size": case.micro_batch_size(), "begin_with": seeds[case.norm], "steps": SEED_STEPS + STEPS}
-        for case in mine
-    ]
-    by_rank = ranks.run(walk, request.param, [(case.parallel(), t) for case, t in zip(mine, trainings, strict=True)])
-    return dict(zip(mine, zip(*by_rank, strict=True), strict=True))
+def walk_world(ranks, seeds):
+    """world size -> {case: (history, weights) of every rank}."""
+
+    def walk_world(world_size: int) -> dict[table.Case, list[tuple]]:
+        mine = [case for case in CASES if case.world_size == world_size]
+        trainings = [
+            options(*case.reference)
+            | {"micro_batch_size": case.micro_batch_size(), "begin_with": seeds[case.norm], "steps": SEED_STEPS + STEPS}
+            for case in mine
+        ]
+        by_rank = ranks.run(walk, world_size, [(case.parallel(), t) for case, t in zip(mine, trainings, strict=True)])
+        return dict(zip(mine, zip(*by_rank, strict=True), strict=True))
+
+    return walk_world
+
+
+@pytest.fixture(scope="module")
+def world_1(walk_world):
+    return walk_world(1)
+
+
+@pytest.fixture(scope="module")
+def world_2(walk_world):
+    return walk_world(2)
+
+
+@pytest.fixture(scope="module")
+def world_4(walk_world):
+    return walk_world(4)
+
+
+@pytest.fixture
+def trained(case, request):
+    """(history, weights) of every rank of `case`. Its world size is walked when the first of its cases is asked for."""
+    return request.getfixturevalue(f"world_{case.world_size}")[case]
 
 
 @pytest.fixture(scope="module")
@@ -59,26 +84,18 @@ def references(ranks, seeds):
     return dict(zip(kinds, ranks.run(walk, 1, [({}, training) for training in trainings])[0], strict=True))
 
 
-def each_case(smallest_world: int):
-    """Parameters `walked` and `case` of a test."""
-    cases = [case for case in CASES if case.world_size >= smallest_world]
-    return pytest.mark.parametrize(
-        ("walked", "case"), [pytest.param(c.world_size, c, id=str(c)) for c in cases], indirect=["walked"]
-    )
-
-
-@each_case(smallest_world=1)
-def test_layout_agrees_with_one_process(case, walked, references):
-    history, weights = walked[case][0]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout_agrees_with_one_process(case, trained, references):
+    history, weights = trained[0]
     expected_history, expected_weights = references[case.reference]
     assert len(history) == STEPS
     assert_same_history(history, expected_history, LOSS_BOUND)
     assert_same_weights(weights, expected_weights, WEIGHT_BOUND)
 
 
-@each_case(smallest_world=2)
-def test_replicas_stay_equal_bit_for_bit(case, walked):
-    (history, weights), *others = walked[case]
+@pytest.mark.parametrize("case", [case for case in CASES if case.world_size > 1], ids=str)
+def test_replicas_stay_equal_bit_for_bit(case, trained):
+    (history, weights), *others = trained
     for other_history, other_weights in others:
         assert other_history == history
         assert_same_weights(other_weights, weights, 0)

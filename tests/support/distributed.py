@@ -89,7 +89,7 @@ class Ranks:
 
 
 def use_next_store() -> None:
-    """On a rank, before it joins a process group again: keys of the last one must not meet those of the next."""
+    """On a rank, before it joins a process group again: keys of the last group must not meet those of the next."""
     _place[1] += 1
     gc.collect()  # a decoder is a cycle, and gloo's threads live as long as the groups that it refers to
 
@@ -101,9 +101,9 @@ def _serve(rank: int, port: int, tasks: Any, results: Any) -> None:
     with contextlib.suppress(EOFError):  # the parent closed its end, or is gone
         while True:
             task = tasks.recv_bytes()
-            gc.collect()  # what is frozen is never freed, and process groups in it keep their threads
-            gc.freeze()  # megatron-core collects garbage at every load, and the modules it would search are many
             results.put((rank, *_outcome(task)))
+            gc.collect()  # first: what is frozen is never freed, and process groups keep their threads
+            gc.freeze()  # the modules, so that collecting garbage between process groups does not search them each time
 
 
 def _meet_in(store: Store) -> None:
