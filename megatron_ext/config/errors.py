@@ -1,6 +1,7 @@
 """Bad input: one clear line for the user; a traceback is kept for our own bugs."""
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -83,5 +84,6 @@ def run_program(
         if is_told and not isinstance(error, InputError):
             raise
         if is_told:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            # A library's words in the message may have line ends of their own.
+            print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
         sys.exit(2)

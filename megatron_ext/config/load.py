@@ -7,6 +7,8 @@ that is given its sections needs no parser.
 
 import dataclasses
 import difflib
+import itertools
+import os
 import re
 import typing
 from typing import Any, TypeVar
@@ -48,7 +50,7 @@ def load(config_type: type[Config], argv: list[str], *, prog: str | None = None)
     try:
         values = parser.instantiate(parser.parse_args(argv))
     except jsonargparse.ArgumentError as error:
-        raise InputError(_explain(str(error), config_type)) from None
+        raise InputError(_broken_file(argv) or _explain(str(error), config_type)) from None
     return config_type(**{field.name: getattr(values, field.name) for field in dataclasses.fields(config_type)})
 
 
@@ -78,9 +80,28 @@ def known_keys(config_type: type) -> list[str]:
     return keys
 
 
+def _broken_file(argv: list[str]) -> str | None:
+    """Which --config cannot be parsed, and where: jsonargparse does not say."""
+    values = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
+    values += [value for argument, value in itertools.pairwise(argv) if argument == "--config"]
+    for path in filter(os.path.isfile, values):
+        try:
+            with open(path, encoding="utf-8") as file:
+                yaml.safe_load(file)
+        except yaml.MarkedYAMLError as error:
+            return f"{path}:{error.problem_mark.line + 1} is no YAML: {error.problem}; correct it"
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            return f"{path} is no YAML in UTF-8: {_one_line(str(error))}; correct it"
+    return None
+
+
+def _one_line(message: str) -> str:
+    return re.sub(r"\s*\n\s*", " ", message.strip())
+
+
 def _explain(message: str, config_type: type) -> str:
     """jsonargparse's message on one line, with the nearest known key when it names an unknown one."""
-    message = re.sub(r"\s*\n\s*", " ", message.strip())
+    message = _one_line(message)
     unknown = re.search(
         r"unrecognized arguments: --(?P<argument>[\w.]+)"
         r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<field>\w+)'"

@@ -199,7 +199,7 @@ def _json_text(line: str) -> str | None:
 def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {suffix: content}) of neighbouring members of one key; suffix is what follows a name's first dot."""
     try:
-        with tarfile.open(path) as tar:
+        with tarfile.open(path, "r:") as tar:
             files = ((*_split_name(member.name), member) for member in tar if member.isfile())
             for key, group in itertools.groupby(files, key=lambda file: file[0]):
                 yield key, {suffix: _read_member(tar, member) for _, suffix, member in group}

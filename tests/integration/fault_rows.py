@@ -1,6 +1,7 @@
 """The table of faults: a program, its arguments, what its line must name, and what to damage before."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import numpy as np
 import pretrain_emu3
 import tokenizer_train.text.train as train_text
 import tokenizer_train.vision.train as train_vision
-from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset
+from megatron_ext.vocab import Image
+from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset, write_dataset
 from tools import convert_checkpoint, generate, inspect_data, preprocess_data, tokenize_vision
 
 
@@ -61,8 +63,8 @@ def write(name: str, content: str | bytes) -> Callable[[Path], object]:
 
 
 def cut(name: str) -> Callable[[Path], object]:
-    """Damage: the file's last byte is missing."""
-    return lambda w: (w / name).write_bytes((w / name).read_bytes()[:-1])
+    """Damage: half of the file is missing."""
+    return lambda w: os.truncate(w / name, (w / name).stat().st_size // 2)
 
 
 def remove(name: str) -> Callable[[Path], object]:
@@ -86,6 +88,11 @@ def other_vision_tokenizer(w: Path) -> None:
     edit("other.manifest.json", vision_tokenizer="ffff")(w)
 
 
+def large_pictures(w: Path) -> None:
+    vocabulary = make_vocabulary((w / "text.model").read_bytes())
+    write_dataset(w / "large", vocabulary, [[Image(np.ones((8, 8), dtype=np.int64))]])
+
+
 def other_codes(w: Path) -> None:
     shutil.copytree(w / "codes", w / "codes2")
     edit("codes2/manifest.json", vision_tokenizer="eeee")(w)
@@ -106,7 +113,7 @@ CONFIGURATION = {
     "required key missing": Row(pretrain_emu3, "--config {w}/config.yaml", ("observe.run_dir",)),
     "configuration file missing": pretrain("--config {w}/none.yaml", "none.yaml"),
     "configuration file is no YAML": pretrain(
-        "--config {w}/bad.yaml", "bad.yaml", damage=write("bad.yaml", "train: [1, {")
+        "--config {w}/bad.yaml", "bad.yaml:2 is no YAML", damage=write("bad.yaml", "train:\n  [1, {")
     ),
     "layout does not divide the world": pretrain(
         "--parallel.tensor_model_parallel_size 2", "tensor_model_parallel_size 2", "3 ranks", world_size=3
@@ -175,7 +182,10 @@ DATA = {
     "weight 0 in the blend": pretrain(
         '--data.train [{{"prefix":"{w}/train","weight":0}}]', "weight of train is 0", "leave the dataset out"
     ),
-    "nothing fits": pretrain("--train.seq_length 4", "train.seq_length 4", "no document of"),
+    "nothing fits": pretrain(
+        '--data.train [{{"prefix":"{w}/large"}}] --train.seq_length 4', "no document of", "large", "train.seq_length 4",
+        damage=large_pictures,
+    ),
     "too little fits": pretrain(
         "--train.seq_length 8", "data.max_bad_fraction 0.01", "key/", "raise train.seq_length"
     ),
@@ -243,7 +253,7 @@ MEDIA = {
     ),
     "vision tokenizer missing": tokenize("--inputs [{w}/media] --tokenizer {w}/none", "none"),
     "vision tokenizer cut": tokenize(
-        "--inputs [{w}/media]", "vision/model.safetensors", damage=cut("vision/model.safetensors")
+        "--inputs [{w}/media]", "vision': model.safetensors", damage=cut("vision/model.safetensors")
     ),
     "size is no multiple": tokenize("--inputs [{w}/media] --resize.size 9", "resize.size = 9", "multiple"),
     "picture damaged": tokenize(
@@ -263,7 +273,7 @@ MEDIA = {
         "1 of 4 samples", "media.max_bad_fraction", "1.png: not a readable picture", damage=write("media/1.png", b"x"),
     ),
     "clips wanted and absent": vision_tokenizer(
-        "--media.inputs [{w}/media] --media.clip_share 0.5", "clip_share = 0.5"
+        "--media.inputs [{w}/media] --media.clip_share 0.5 --media.batch_size 4", "clip_share = 0.5"
     ),
     "no such corpus": text_tokenizer("--input [{w}/none*.txt]", "none*.txt", "matches no file"),
     "corpus is not UTF-8": text_tokenizer(
