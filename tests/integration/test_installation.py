@@ -62,7 +62,7 @@ for script in sys.argv[1:]:
 def test_console_scripts_answer(installed, tmp_path):
     """Each program's --help names its options; run outside the tree, so that only the wheel can be found."""
     scripts = console_scripts(installed)
-    assert len(scripts) == 8
+    assert len(scripts) == 10
     environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, "-c", HELP_OF_ALL, *(f"{name}:{target}" for name, target in scripts.items())]
     # One process for all: importing torch eight times would take most of a minute.

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.data import build_data
 from megatron_ext.runtime.faults import SETTLE_S
 from megatron_ext.vocab import Vocabulary
-from tests.support.small_run import write_small_run
+from tests.support.small_run import Place, write_small_run
 
 DEADLINE_S = 60 - SETTLE_S
 """From the line to the end; the line comes at most SETTLE_S after the fault."""
@@ -79,14 +78,6 @@ def test_a_fault_that_rank_1_sees_before_it_joins(workplace):
     assert not (workplace / "early").exists()
 
 
-@dataclass(frozen=True)
-class Place:
-    data_parallel_rank: int
-    data_parallel_size: int = 2
-    context_parallel_rank: int = 0
-    context_parallel_size: int = 1
-
-
 def test_a_fault_that_rank_1_sees_while_it_trains(workplace):
     """Rank 0 waits for it in a collective, and is told by torchrun to save and stop."""
     for path in workplace.glob("train.*"):
@@ -97,8 +88,8 @@ def test_a_fault_that_rank_1_sees_while_it_trains(workplace):
     config = load(RunConfig, options)
     vocabulary = Vocabulary.load(config.vocab)
     loaders = [build_data(config.data, config.train, vocabulary, Place(rank)).train for rank in (0, 1)]
-    before = [place for step in (0, 4, 8) for loader in loaders for places in loader._places(step) for place in places]
-    [(_, window), *_] = [place for places in loaders[1]._places(12) for place in places if place not in before]
+    before = [place for step in (0, 4, 8) for loader in loaders for places in loader.places(step) for place in places]
+    [(_, window), *_] = [place for places in loaders[1].places(12) for place in places if place not in before]
     dataset = loaders[1].datasets[0]
     document = dataset.pieces(window)[0].document
     ids = np.memmap(f"{dataset.documents.prefix}.bin", dtype=np.int32, mode="r+")

@@ -1,11 +1,22 @@
 """What pretrain_emu3.py needs to train something tiny, written into a folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset, train_text_tokenizer
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of two data ranks, as the loader needs to know it."""
+
+    data_parallel_rank: int
+    data_parallel_size: int = 2
+    context_parallel_rank: int = 0
+    context_parallel_size: int = 1
 
 
 def write_small_run(folder: Path) -> dict[str, Any]:
