@@ -78,7 +78,7 @@ def check_emu3(folder: str, config: dict) -> dict:
     drawn = model.generate(
         ids, max_new_tokens=length, min_new_tokens=length, do_sample=False, prefix_allowed_tokens_fn=allowed
     )
-    pixels = model.decode_image_tokens(drawn[:, ids.shape[1] :], height=GRID, width=GRID)
+    pixels = model.decode_image_tokens(image_tokens=drawn[:, ids.shape[1] :], height=GRID, width=GRID)
     side = GRID * model.model.vqmodel.vision_spatial_factor
     assert pixels.shape[-2:] == (side, side) and pixels.isfinite().all(), "the drawn picture is broken"
     return {

@@ -69,6 +69,8 @@ def test_round_trip_through_the_programs(
     assert "checked" in said and "model Emu3ForConditionalGeneration, dtype float32, processor True" in said
     assert is_hf_folder(tmp_path / "again")
     for path in sorted(exported.rglob("*.*")):
+        if path.name in ("README.md", "provenance.json"):
+            continue  # the second export has another history
         assert path.read_bytes() == (tmp_path / "again" / path.relative_to(exported)).read_bytes(), path.name
 
 
