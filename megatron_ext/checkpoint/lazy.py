@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 1 << 24
-"""Size of the pieces in which tensors travel: small enough that malloc uses their memory again (measured: a third of the
-system time of 64 MB), large beside the cost of a call."""
+"""Size of the pieces in which tensors travel: small enough that malloc uses their memory again (measured: a third of
+the system time of 64 MB), large beside the cost of a call."""
 
 
 @dataclass(frozen=True, kw_only=True)
