@@ -17,7 +17,7 @@ UNMARKED_NORMS = """
 import sys
 from megatron_ext.config import run_program
 from megatron_ext.model import specs
-from tools.verify_layout import main
+from emu3_tools.verify_layout import main
 
 build = specs.SequenceParallelRMSNorm.__init__
 

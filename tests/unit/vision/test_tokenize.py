@@ -135,7 +135,7 @@ def test_a_name_that_is_not_utf8_is_skipped_and_named(arguments, media, tmp_path
         assert [item["key"] for item in skipped] == ["b\\xe9", "d"]
         assert "name is not UTF-8" in skipped[0]["reason"] and skipped[0]["source"].endswith("b\\xe9.png")
         printed = capsys.readouterr().out
-        assert "skipped 2:" in printed and "b\\xe9.png: its name is not UTF-8" in printed
+        assert printed.count("skipped ") == 2 and "b\\xe9.png: its name is not UTF-8" in printed
 
 
 def test_waiting_pixels_are_bounded(arguments, tmp_path, monkeypatch):
