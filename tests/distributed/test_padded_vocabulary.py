@@ -16,7 +16,7 @@ WHAT = {"layout": LAYOUT, "windows": functools.partial(random_windows, num_ids=L
 TP2, TP4 = {"tensor_model_parallel_size": 2}, {"tensor_model_parallel_size": 4}
 TP4_SP = TP4 | {"sequence_parallel": True}
 VOCABULARY_WEIGHTS = ("embedding.word_embeddings.weight", "output_layer.weight")
-# Measured: 1.5e-7 and 2.4e-7.
+# Measured: 9.4e-8 and 2.4e-7.
 LOSS_BOUND, WEIGHT_BOUND = 2e-6, 3e-6
 
 
