@@ -26,7 +26,8 @@ class DataConfig:
     """Held-out datasets for evaluation; empty turns evaluation off."""
 
     attention_scope: Literal["document", "window"] = "document"
-    """What a token may attend to: its own document, or everything before it in the window (as Emu3 trained)."""
+    """What a token may attend to: its own document, or everything before it in the window. The paper does not say which
+    Emu3 used."""
 
     document_alignment: int = 1
     """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x

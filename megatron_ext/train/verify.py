@@ -44,8 +44,8 @@ class Bounds:
     weights: float
 
 
-# Measured on CPU over TP, TP + SP, CP 2, DP 2 and their pairs on 4 ranks, both attention scopes, one and two windows a
-# row, with and without QK norm: fp32 2.4e-7, 3.4e-6, 8.1e-6; bf16 8.5e-4, 4.7e-2, 6.9e-2.
+# Measured on CPU, both attention scopes, one and two windows a row, with and without QK norm. fp32, over TP, TP + SP,
+# CP 2, DP 2 and their pairs on 4 ranks: 2.4e-7, 3.4e-6, 8.1e-6. bf16, over all on 2 ranks: 8.5e-4, 4.7e-2, 6.9e-2.
 BOUNDS = {
     "fp32": Bounds(losses=1e-5, grad_norm=3e-5, weights=5e-5),
     "bf16": Bounds(losses=3e-3, grad_norm=1.5e-1, weights=2e-1),
