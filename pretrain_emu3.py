@@ -33,13 +33,16 @@ def train(config: RunConfig) -> None:
     from megatron_ext.objectives import build_objective
     from megatron_ext.observe import Run
     from megatron_ext.optim import build_optimizer
+    from megatron_ext.resilience.notice import Notice
     from megatron_ext.runtime import Topology
-    from megatron_ext.train import Trainer, resume_or_init
+    from megatron_ext.train import MicrobatchRunner, Trainer, resume_or_init
     from megatron_ext.vocab import Vocabulary
 
     config_yaml = to_yaml(config)
     vocab = Vocabulary.load(config.vocab)
+    is_first = int(os.environ.get("RANK", 0)) == 0
     with (
+        Notice.at_end(config.resilience.notify, config.observe.run_dir, is_main=is_first) as notice,
         Topology.start(config.runtime, config.parallel) as topology,
         Run.open(
             config.observe,
@@ -59,7 +62,10 @@ def train(config: RunConfig) -> None:
         )
         run.add_provenance(identities=checkpoint.identities)
         state = resume_or_init(config.checkpoint, checkpoint, optimizer, topology)
-        Trainer(config.train, data, objective, optimizer, checkpoint, topology, run).fit(state)
+        runner = MicrobatchRunner(optimizer.model, objective, topology, seed=config.train.seed)
+        trainer = Trainer(config.train, config.resilience, data, runner, optimizer, checkpoint, run)
+        state = trainer.fit(state)
+        notice.reached(state.step, config.train.train_steps)
 
 
 def tells(error: Exception) -> bool:

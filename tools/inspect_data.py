@@ -153,7 +153,7 @@ def inspect_step(config: InspectStepConfig) -> None:
     vocabulary = Vocabulary.load(config.vocab)
     data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))
     objective = build_objective(config.objective, vocabulary.layout)
-    consumed, is_recorded = consumed_before(config.observe.run_dir, config.step, config.train.global_batch_size)
+    consumed, is_recorded = consumed_before(config.observe.run_dir, config.step, config.train)
     windows = step_windows(data.train, consumed, data_ranks, objective.weights)
     weight_sum = sum(int(window.weights_S.sum()) for window in windows)
     header = [

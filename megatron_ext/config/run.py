@@ -9,6 +9,7 @@ from megatron_ext.config.objective import ObjectiveConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.resilience import ResilienceConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.config.vocab import VocabConfig
@@ -45,6 +46,9 @@ class RunConfig:
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When to save and what to keep."""
+
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    """What the run does about bad steps, hangs, slow ranks and silent errors."""
 
     observe: ObserveConfig
     """The run folder and what is written there."""

@@ -16,6 +16,10 @@ class TrainConfig:
     global_batch_size: int = 1
     """Windows per optimizer step over all ranks; a multiple of micro_batch_size x data-parallel size."""
 
+    global_batch_size_ramp: tuple[int, int, int] | None = None
+    """Size of the first global batches, increment, and samples over which the size grows to global_batch_size, in equal
+    spans of samples (megatron's rampup_batch_size); null starts at full size."""
+
     train_steps: int
     """Optimizer steps of the whole run."""
 
@@ -37,3 +41,18 @@ class TrainConfig:
 
     eval_steps: int = 1
     """Global batches per evaluation."""
+
+    def batch_size_after(self, consumed_samples: int) -> int:
+        """Windows in the global batch that follows `consumed_samples` samples of the run."""
+        if self.global_batch_size_ramp is None:
+            return self.global_batch_size
+        first, increment, samples = self.global_batch_size_ramp
+        increments = max(1, (self.global_batch_size - first) // increment)
+        return min(self.global_batch_size, first + consumed_samples * increments // samples * increment)
+
+    def samples_of(self, steps: int) -> int:
+        """Windows in the first `steps` global batches."""
+        consumed, left = 0, steps
+        while left and (size := self.batch_size_after(consumed)) < self.global_batch_size:
+            consumed, left = consumed + size, left - 1
+        return consumed + left * self.global_batch_size

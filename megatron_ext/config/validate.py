@@ -75,6 +75,22 @@ def schedule_fault(optim: OptimConfig, steps: int) -> str | None:
     )
 
 
+def ramp_fault(config: RunConfig, world_size: int) -> str | None:
+    """Why the global batch cannot grow as asked on `world_size` ranks, and the fix; None if it can."""
+    if config.train.global_batch_size_ramp is None:
+        return None
+    first, increment, samples = config.train.global_batch_size_ramp
+    unit, full = _samples_per_microstep(config, world_size), config.train.global_batch_size
+    if min(first, increment, samples) >= 1 and first < full and (full - first) % increment == 0:
+        if first % unit == 0 and increment % unit == 0:
+            return None
+    return (
+        f"train.global_batch_size_ramp {[first, increment, samples]} with train.global_batch_size {full}: "
+        f"give [first size, increment, samples], sizes in multiples of {unit} (train.micro_batch_size x data-parallel "
+        "size) that reach train.global_batch_size in whole increments"
+    )
+
+
 def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
     """Why no decoder can be trained in this precision on this device, and the fix; None if one can."""
     if precision == "fp8" and not on_gpu:
@@ -106,6 +122,7 @@ RULES = (
             f"use a multiple of {_samples_per_microstep(c, n)}"
         ),
     ),
+    Rule(lambda c, n: ramp_fault(c, n) is not None, lambda c, n: ramp_fault(c, n) or ""),
     Rule(
         lambda c, n: c.train.seq_length % _sequence_divisor(c) != 0,
         lambda c, n: (

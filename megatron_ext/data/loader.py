@@ -6,6 +6,7 @@ windows for every layout.
 """
 
 import copy
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -76,7 +77,7 @@ class Loader:
         first = consumed_samples + self._topology.data_parallel_rank * size
         return [
             [self._blend[start + j] for j in range(size)]
-            for start in range(first, consumed_samples + self._train.global_batch_size, ranks * size)
+            for start in range(first, consumed_samples + self._train.batch_size_after(consumed_samples), ranks * size)
         ]
 
     def seen_by(self, topology: BatchTopology) -> "Loader":
@@ -96,7 +97,9 @@ class Loader:
         """Source keys of each window of the whole global batch, the same on every rank; for naming a step's data."""
         return [
             self.datasets[dataset].keys(window)
-            for dataset, window in (self._blend[consumed_samples + j] for j in range(self._train.global_batch_size))
+            for dataset, window in (
+                self._blend[consumed_samples + j] for j in range(self._train.batch_size_after(consumed_samples))
+            )
         ]
 
     @property
@@ -157,13 +160,14 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         _refuse_misfits(dataset, data.max_bad_fraction)
     vision_tokenizer = _one_vision_tokenizer([*packed["train"], *packed["valid"]])
 
-    def loader(datasets: list[PackedDataset], blend: tuple[DatasetConfig, ...]) -> Loader:
+    def loader(datasets: list[PackedDataset], blend: tuple[DatasetConfig, ...], sizes: TrainConfig) -> Loader:
         weights = [dataset.weight for dataset in blend]
-        return Loader(datasets, weights, attention_scope=data.attention_scope, train=train, topology=topology)
+        return Loader(datasets, weights, attention_scope=data.attention_scope, train=sizes, topology=topology)
 
+    full_size = dataclasses.replace(train, global_batch_size_ramp=None)
     return Data(
-        train=loader(packed["train"], data.train),
-        valid=loader(packed["valid"], data.valid) if data.valid else None,
+        train=loader(packed["train"], data.train, train),
+        valid=loader(packed["valid"], data.valid, full_size) if data.valid else None,
         vision_tokenizer=vision_tokenizer,
     )
 

@@ -104,10 +104,14 @@ class Run:
             temporary.write_text(self._config_yaml, encoding="utf-8")
             os.replace(temporary, self.folder / "config.yaml")
             append_provenance(self.folder, {"step": step, **self.provenance, "config": self._config})
+        self.forget_after(step)
+        self.log_event("resume", step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Forget the metrics after `step`: the steps come again."""
         for writer in self._writers:
             if not isinstance(writer, ConsoleLines):
                 writer.truncate_after(step)
-        self.log_event("resume", step=step)
 
     @contextlib.contextmanager
     def profiler(self, topology: Topology) -> Iterator[Profiler]:

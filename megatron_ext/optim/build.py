@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import optimizer as upstream
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_ext.config.errors import InputError
@@ -58,13 +59,33 @@ class Optimizer:
 
     def step(self, step: int) -> StepResult:
         """Clip, update the weights, gather them on every data rank. Gradients must have been finalized."""
+        grad_norm = self.gradient_norm()
+        return StepResult(grad_norm=grad_norm, learning_rate=self.apply(step, grad_norm))
+
+    @torch.no_grad()
+    def gradient_norm(self) -> float:
+        """Global norm of the finalized gradients, before clipping; the same on every rank. `apply` may follow."""
+        self.inner.prepare_grads()
+        return float(self.inner.get_grad_norm())
+
+    @torch.no_grad()
+    def apply(self, step: int, grad_norm: float) -> float:
+        """What is left of a step after `gradient_norm`; the learning rate.
+
+        Together they are megatron-core's ChainedOptimizer.step, cut where the norm can be judged.
+        """
         rate = self.learning_rate(step)
         for group in self.inner.param_groups:
             group["lr"] = rate
             # megatron-core only marks the groups; its own scheduler, which we do not use, would apply the mark.
             group["weight_decay"] = self.optim.weight_decay * group.get("wd_mult", 1.0)
-        _, grad_norm, _ = self.inner.step()
-        return StepResult(grad_norm=float(grad_norm), learning_rate=rate)
+        if self.optim.clip_grad > 0:
+            for optimizer in self.inner.chained_optimizers:
+                upstream.clip_grad_by_total_norm_fp32(  # looked up here: runtime/cpu.py replaces it
+                    optimizer.get_parameters(), max_norm=self.optim.clip_grad, total_norm=grad_norm
+                )
+        self.inner.step_with_ready_grads()
+        return rate
 
     def gather_weights(self) -> None:
         """Complete the weights on every data rank, where parallel.overlap_param_gather left that to the next forward

@@ -46,7 +46,7 @@ class Plan:
     @property
     def days(self) -> float:
         """Wall-clock time of all steps, without saving, evaluation and interruptions."""
-        return self.steps * self.tokens_per_step / self.tokens_per_second / 86_400
+        return self.tokens / self.tokens_per_second / 86_400
 
 
 def plan_job(config: RunConfig, question: Question) -> Plan:
@@ -82,7 +82,7 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
         flops_per_token=flops,
         tokens_per_step=tokens_per_step,
         steps=steps,
-        tokens=steps * tokens_per_step,
+        tokens=train.samples_of(steps) * train.seq_length,
         tokens_per_second=world_size * question.peak_tflops * 1e12 * question.mfu / flops,
         faults=tuple(faults),
     )

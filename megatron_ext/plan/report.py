@@ -9,6 +9,7 @@ from rich.table import Table
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan.job import USABLE_SHARE, Plan, plan_job
 from megatron_ext.plan.question import Question
 from megatron_ext.plan.shape import DecoderShape
@@ -96,7 +97,7 @@ def _facts(config: RunConfig, plan: Plan, question: Question) -> Table:
     table.add_row(
         "step",
         f"{config.train.global_batch_size:,} windows of {config.train.seq_length:,} = {plan.tokens_per_step:,} tokens, "
-        f"{plan.microbatches} microbatches a rank",
+        f"{plan.microbatches} microbatches a rank" + _ramp(config.train),
     )
     table.add_row("FLOPs", f"{plan.flops_per_token / 1e9:.1f} GF a token (causal, forward and backward)")
     table.add_row("run", f"{plan.steps:,} steps, {plan.tokens:,.0f} tokens")
@@ -107,6 +108,13 @@ def _facts(config: RunConfig, plan: Plan, question: Question) -> Table:
             f"{plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second / question.world_size:,.0f} a GPU",
         )
     return table
+
+
+def _ramp(train: TrainConfig) -> str:
+    if train.global_batch_size_ramp is None:
+        return ""
+    first, increment, samples = train.global_batch_size_ramp
+    return f"; from {first:,} windows in increments of {increment:,} over {samples:,} windows"
 
 
 def _memory(config: RunConfig, plan: Plan, question: Question) -> Table:

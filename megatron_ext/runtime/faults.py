@@ -3,6 +3,7 @@
 The ranks meet in the key-value store of torchrun's agent: it is there before they join and after they part.
 """
 
+import functools
 import os
 import signal
 import time
@@ -22,11 +23,13 @@ LOWEST = "lowest"
 TOLD = "told"
 
 
+@functools.cache
 def is_told_here(error: Exception) -> bool:
     """Whether this rank reports the exception that ends it.
 
     Of the ranks with an InputError one does. Any other exception is reported, unless a rank has an InputError: then it
-    is an echo, such as a connection that the failed rank closed. Without torchrun every rank reports its own.
+    is an echo, such as a connection that the failed rank closed. Without torchrun every rank reports its own. Asked
+    again about the same exception, the answer is the same.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return True

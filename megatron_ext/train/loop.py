@@ -1,6 +1,5 @@
 """Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
 
-import math
 import time
 
 import torch
@@ -8,13 +7,15 @@ import torch
 from megatron_ext.checkpoint.attempt import SaveOutcome
 from megatron_ext.checkpoint.decoder import DecoderCheckpoint
 from megatron_ext.config.errors import InputError
+from megatron_ext.config.resilience import ResilienceConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.loader import Data, first
-from megatron_ext.objectives import Objective
 from megatron_ext.observe import Run
 from megatron_ext.optim import Optimizer
-from megatron_ext.resilience import Stopping
-from megatron_ext.runtime import Topology
+from megatron_ext.resilience import Stopping, Watchdog
+from megatron_ext.resilience.judgement import fault_of, remembered
+from megatron_ext.resilience.rank_times import line_about, rank_times
+from megatron_ext.resilience.replicas import differing_replicas, unlike_masters
 from megatron_ext.runtime.device import peak_memory_bytes, synchronize
 from megatron_ext.train.garbage import collected_every
 from megatron_ext.train.state import TrainState
@@ -33,20 +34,22 @@ class Trainer:
     def __init__(
         self,
         train: TrainConfig,
+        resilience: ResilienceConfig,
         data: Data,
-        objective: Objective,
+        runner: MicrobatchRunner,
         optimizer: Optimizer,
         checkpoint: DecoderCheckpoint,
-        topology: Topology,
         run: Run,
     ) -> None:
         self.train = train
+        self.resilience = resilience
         self.data = data
         self.optimizer = optimizer
         self.checkpoint = checkpoint
-        self.topology = topology
+        self.topology = runner.topology
         self.run = run
-        self.runner = MicrobatchRunner(optimizer.model, objective, topology, seed=train.seed)
+        self.runner = runner
+        self._bad_steps = 0
 
     def fit(self, state: TrainState) -> TrainState:
         """Train until the last step, the exit interval or a signal. The state reached is saved."""
@@ -54,19 +57,25 @@ class Trainer:
         if state.step >= self.train.train_steps:
             self.run.console.print(f"nothing to do: step {state.step} of {self.train.train_steps} is done")
             return state
-        for line in self.data.train.summary(self.train.train_steps * self.train.global_batch_size):
+        for line in self.data.train.summary(self.train.samples_of(self.train.train_steps)):
             self.run.console.print(line, markup=False, soft_wrap=True)
         with (
             Stopping.watch(self.train, self.run.folder, self.topology) as stopping,
+            Watchdog.watching(
+                self.resilience, self.run.folder / "stacks", self.topology.rank, self._tell_of_hang
+            ) as watchdog,
             collected_every(self.train.manual_gc_interval) as collect,
             self.run.profiler(self.topology) as profiler,
         ):
             self._dry_step(state)
             while state.step < self.train.train_steps:
+                watchdog.alive(f"step {state.step + 1}", is_step=True)
                 with profiler.step(state.step + 1):
                     state = self._train_step(state)
+                watchdog.alive(f"what follows step {state.step}")
                 collect(state.step)
                 self._report(self.checkpoint.poll())
+                self._check_replicas(state.step)
                 if self.train.eval_interval and state.step % self.train.eval_interval == 0:
                     self._evaluate(state)
                 if reason := stopping.reason(state.step):
@@ -84,40 +93,115 @@ class Trainer:
         self.runner.run(train.microbatches(state.consumed_samples)[:1], train.dataset_names, step=state.step)
 
     def _train_step(self, state: TrainState) -> TrainState:
-        """One optimizer step and its line in the log."""
+        """One optimizer step and its line in the log; after a bad step, whatever resilience.on_bad_step says."""
+        state = state.past_the_passed_over()
+        samples = self.train.batch_size_after(state.consumed_samples)
         started = time.perf_counter()
         microbatches = self.data.train.microbatches(state.consumed_samples)
         loaded = time.perf_counter()
         self.optimizer.zero_grad()
         losses = self.runner.run(microbatches, self.data.train.dataset_names, step=state.step)
-        result = self.optimizer.step(state.step + 1)
-        if not math.isfinite(result.grad_norm):
-            self._report(self.checkpoint.finish())
-            raise InputError(
-                f"step {state.step + 1} has gradient norm {result.grad_norm} and loss {losses['loss']}; "
-                f"{self._where_not_finite(state)}: nothing was saved since the last checkpoint; lower optim.lr or look "
-                f"at the data (tools/inspect_data.py --step {state.step + 1})"
-            )
+        grad_norm = self.optimizer.gradient_norm()
+        fault = fault_of((losses["loss"], grad_norm), state.measured, self.resilience)
+        if fault is not None and (elsewhere := self._after_bad_step(state, fault)) is not None:
+            return elsewhere
+        learning_rate = self.optimizer.learning_rate(state.step + 1)
+        if fault is None:
+            self.optimizer.apply(state.step + 1, grad_norm)
+            state = state.remember(remembered(state.measured, (losses["loss"], grad_norm), self.resilience))
         synchronize(self.topology.device)
         seconds = time.perf_counter() - started
-        state = state.advance(self.train.global_batch_size, self.train.seq_length)
+        state = state.advance(samples, self.train.seq_length)
         self.run.log_metrics(
             {
                 "step": state.step,
                 **losses,
-                "grad_norm": result.grad_norm,
-                "learning_rate": result.learning_rate,
+                "grad_norm": grad_norm,
+                "learning_rate": learning_rate,
+                **({"skipped": 1} if fault is not None else {}),
+                "global_batch_size": samples,
                 "consumed_samples": state.consumed_samples,
                 "consumed_tokens": state.consumed_tokens,
                 "timing": {
-                    "tokens_per_second": self.train.global_batch_size * self.train.seq_length / seconds,
+                    "tokens_per_second": samples * self.train.seq_length / seconds,
                     "step_seconds": seconds,
                     "data_seconds": loaded - started,
                     "peak_memory_gib": peak_memory_bytes(self.topology.device) / 2**30,
                 },
             }
         )
+        self._time_ranks(state.step, loaded - started, self.runner.computed_at - loaded)
         return state
+
+    def _after_bad_step(self, state: TrainState, fault: str) -> TrainState | None:
+        """Write a bad step down, on every rank alike. Its state to go on from where the run is rewound; None where the
+        step is skipped."""
+        self._bad_steps += 1
+        action, number = self.resilience.on_bad_step, state.step + 1
+        first_sample = state.consumed_samples
+        last_sample = first_sample + self.train.batch_size_after(first_sample)
+        where = self._where_not_finite(state)
+        documents = sorted({key for window in self.data.train.keys(first_sample) for key in window})
+        self.run.log_event(
+            "bad_step", step=number, fault=fault, where=where, action=action, samples=[first_sample, last_sample],
+            documents=documents,
+        )  # fmt: skip
+        if action == "stop" or self._bad_steps > self.resilience.max_bad_steps:
+            self._report(self.checkpoint.finish())
+            limit = "" if action == "stop" else f" after {self._bad_steps - 1} others, resilience.max_bad_steps"
+            raise InputError(
+                f"step {number} has {fault}{limit}; {where}: nothing was saved since the last checkpoint; lower "
+                f"optim.lr, look at the data (tools/inspect_data.py --step {number}), or set resilience.on_bad_step"
+            )
+        self.run.console.print(f"step {number} has {fault}: {action}; {where}", markup=False, soft_wrap=True)
+        return self._rewind(state, last_sample) if action == "rewind" else None
+
+    def _rewind(self, state: TrainState, end: int) -> TrainState:
+        """The state of the last checkpoint, which from now on passes over the batches before sample `end`."""
+        self._report(self.checkpoint.finish())
+        saved = self.checkpoint.load_latest()
+        if saved is None:
+            raise InputError(
+                f"step {state.step + 1} is bad and there is no checkpoint to rewind to: set resilience.on_bad_step to "
+                "skip, or save earlier (checkpoint.save_interval)"
+            )
+        before = TrainState.from_dict(saved)
+        begin = end - self.resilience.pass_over_batches * self.train.batch_size_after(state.consumed_samples)
+        rewound = before.pass_over(max(begin, before.consumed_samples), end)
+        self.run.forget_after(rewound.step)
+        self.run.log_event("rewind", step=rewound.step, passed_over=[list(pair) for pair in rewound.passed_over])
+        return rewound
+
+    def _check_replicas(self, step: int) -> None:
+        """Raise InputError where ranks that hold the same weights do not, any more."""
+        interval = self.resilience.replica_check_interval
+        if not interval or step % interval:
+            return
+        self.optimizer.gather_weights()
+        found = differing_replicas(self.optimizer.model.module, self.topology)
+        if self.resilience.check_optimizer:
+            found += unlike_masters(self.optimizer, self.topology)
+        if found:
+            self._report(self.checkpoint.finish())
+            self.run.log_event("divergence", step=step, found=found)
+            raise InputError(
+                f"after step {step} replicas of the weights differ: {first(found)}: a device, its memory or a link is "
+                "at fault; the last checkpoint may hold it too (tools/verify_checkpoint.py); start again without the "
+                "node"
+            )
+
+    def _time_ranks(self, step: int, data_seconds: float, compute_seconds: float) -> None:
+        interval = self.resilience.rank_times_interval
+        if not interval or step % interval:
+            return
+        told = rank_times(data_seconds, compute_seconds, self.topology)
+        if told is not None:
+            self.run.log_event("rank_times", step=step, **told)
+            if line := line_about(told):
+                self.run.console.print(f"step {step}: {line}", markup=False, soft_wrap=True)
+
+    def _tell_of_hang(self, activity: str, seconds: float) -> None:
+        self.run.log_event("hang", activity=activity, seconds=round(seconds, 1))
 
     def _where_not_finite(self, state: TrainState) -> str:
         """The ranks whose loss is not finite and their documents, else the documents of the step. Every rank calls."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,15 +15,48 @@ class TrainState:
     """Optimizer steps done."""
 
     consumed_samples: int = 0
-    """Windows trained on."""
+    """Windows trained on or passed over: the place in the order of the data."""
 
     consumed_tokens: int = 0
-    """Ids of those windows, padding included."""
+    """Ids trained on, padding included."""
+
+    passed_over: tuple[tuple[int, int], ...] = ()
+    """Ranges [begin, end) of samples that a rewound run leaves out, in order."""
+
+    measured: tuple[tuple[float, float], ...] = ()
+    """(loss, gradient norm) of the last good steps, where spikes are looked for."""
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
+        """The state that `as_dict` gave, perhaps through JSON."""
+        pairs = {name: tuple(map(tuple, saved.get(name, ()))) for name in ("passed_over", "measured")}
+        return cls(**saved | pairs)
 
     def advance(self, samples: int, seq_length: int) -> "TrainState":
         """The state after one more optimizer step over `samples` windows."""
-        return TrainState(self.step + 1, self.consumed_samples + samples, self.consumed_tokens + samples * seq_length)
+        return dataclasses.replace(
+            self,
+            step=self.step + 1,
+            consumed_samples=self.consumed_samples + samples,
+            consumed_tokens=self.consumed_tokens + samples * seq_length,
+        )
 
-    def as_dict(self) -> dict[str, int]:
+    def remember(self, measured: tuple[tuple[float, float], ...]) -> "TrainState":
+        """The state with other measurements of the last good steps."""
+        return dataclasses.replace(self, measured=measured)
+
+    def pass_over(self, begin: int, end: int) -> "TrainState":
+        """The state that will leave out the samples [begin, end) too."""
+        return dataclasses.replace(self, passed_over=tuple(sorted((*self.passed_over, (begin, end)))))
+
+    def past_the_passed_over(self) -> "TrainState":
+        """The state at the next sample that is trained on."""
+        consumed = self.consumed_samples
+        for begin, end in self.passed_over:
+            if begin <= consumed < end:
+                consumed = end
+        return dataclasses.replace(self, consumed_samples=consumed)
+
+    def as_dict(self) -> dict[str, Any]:
         """Plain data for a checkpoint's manifest."""
         return dataclasses.asdict(self)

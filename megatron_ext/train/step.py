@@ -1,6 +1,8 @@
 """Forward and backward over the microbatches of one global batch, and the reduction of what was measured."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,18 @@ class MicrobatchRunner:
         self.topology = topology
         self.seed = seed
         self._loss_sums: list[torch.Tensor] = []
+        self.computed_at = 0.0
+        """When this rank last had its own gradients, on the clock of time.perf_counter. On a GPU: had queued them."""
+        model.module.config.finalize_model_grads_func = self._noting_when(model.module.config.finalize_model_grads_func)
+
+    def _noting_when(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        """`finalize`, in which the data ranks wait for each other, with a look at the clock before."""
+
+        def noting(*arguments: Any, **named: Any) -> Any:
+            self.computed_at = time.perf_counter()
+            return finalize(*arguments, **named)
+
+        return noting
 
     def not_finite(self) -> list[int]:
         """Which of this rank's microbatches of the last run had a loss that is NaN or infinite."""

@@ -69,7 +69,7 @@ def test_what_does_not_divide_over_the_tensor_axis_is_refused_on_every_rank(rank
 
 def test_a_loss_that_is_not_finite_names_its_rank_step_and_documents(ranks, options, tmp_path):
     line, other = ranks.run(spoil_rank_1, 2, options)
-    assert line.startswith("step 2 has gradient norm nan and loss ")
+    assert line.startswith("step 2 has gradient norm nan; ")
     named = line.partition("rank 1's loss is not finite, on documents ")[2].partition(":")[0]
     assert named and f"on documents {named}" in other
     assert "rank 0" not in line and not (tmp_path / "run" / "checkpoints" / "latest").exists()

@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(wor
     arguments = ("--optim.lr", "1e30", "--optim.lr_warmup_steps", "0", "--checkpoint.save_interval", "1")
     result = pretrain(workplace, "diverged", *arguments)
     assert result.returncode == 2, result.stderr
-    assert "has gradient norm nan" in result.stderr and "key/" in result.stderr
+    assert " nan; " in result.stderr and "key/" in result.stderr
     saved = int((workplace / "diverged" / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
     assert saved == metrics(workplace, "diverged")[-1]["step"]
 

@@ -29,6 +29,7 @@ TENSOR, CONTEXT = (f"{VERIFIED}[tp2_sp]",), (f"{VERIFIED}[cp2]",)
 SEEDS = ("tests/unit/runtime/test_rng.py",)
 BATCH = "tests/unit/data/test_batch.py"
 WINDOWS = "tests/unit/data/test_windows.py"
+RESILIENCE = "tests/integration/test_resilience.py"
 PRETRAIN = "tests/integration/test_pretrain.py"
 RESUMED = (f"{PRETRAIN}::test_stop_and_resume_is_the_straight_run_bit_for_bit",)
 WITHOUT_CONTEXT = 'type({0})(**(vars({0}) | {{"dp_cp": {0}.dp}}))'
@@ -273,24 +274,24 @@ UPDATES = (
         name="learning-rate schedule off by one",
         resembles="the first step has learning rate 0",
         file="megatron_ext/train/loop.py",
-        old="self.optimizer.step(state.step + 1)",
-        new="self.optimizer.step(state.step)",
+        old="self.optimizer.apply(state.step + 1, grad_norm)",
+        new="self.optimizer.apply(state.step, grad_norm)",
         tests=(f"{PRETRAIN}::test_init_from_takes_weights_only",),
     ),
     Mutant(
         name="learning-rate schedule begins anew after resume",
         resembles="every restart warms up again (Megatron-LM #1570)",
         file="megatron_ext/train/loop.py",
-        old="self.optimizer.step(state.step + 1)",
-        new='self.optimizer.step(state.step + 1 - self.__dict__.setdefault("first_step", state.step))',
+        old="self.optimizer.apply(state.step + 1, grad_norm)",
+        new='self.optimizer.apply(state.step + 1 - self.__dict__.setdefault("first_step", state.step), grad_norm)',
         tests=RESUMED,
     ),
     Mutant(
         name="data from the beginning after resume",
         resembles="saved, but not restored: the run reads its first windows again (Bridge #3993)",
         file="megatron_ext/train/initial.py",
-        old="return TrainState(**saved)",
-        new='return TrainState(**{**saved, "consumed_samples": 0})',
+        old="return TrainState.from_dict(saved)",
+        new='return TrainState.from_dict({**saved, "consumed_samples": 0})',
         tests=RESUMED,
     ),
     Mutant(
@@ -300,6 +301,22 @@ UPDATES = (
         old='state["step"] = state["step"].clone()',
         new='state["step"] = state["step"]',
         tests=("tests/distributed/test_resume.py::test_resume_is_bitwise_on_the_same_layout[fp32-fully_reshardable]",),
+    ),
+    Mutant(
+        name="a bad step changes the weights all the same",
+        resembles="the norm is looked at after the update",
+        file="megatron_ext/train/loop.py",
+        old="        if fault is None:\n",
+        new="        if True:\n",
+        tests=(f"{RESILIENCE}::test_a_spike_is_skipped",),
+    ),
+    Mutant(
+        name="a rewound run meets the bad batch again",
+        resembles="the data position goes back with the weights",
+        file="megatron_ext/train/loop.py",
+        old="        state = state.past_the_passed_over()\n",
+        new="",
+        tests=(f"{RESILIENCE}::test_a_spike_is_rewound_and_passed_over",),
     ),
     *(
         Mutant(

@@ -1,0 +1,92 @@
+"""A thread that ends the process when the main thread does not come on: a hung collective, a dead file system.
+
+Every rank has one. All of them wait for each other in every step, so all of them see the hang within seconds; each
+prints the stacks of its threads, which tells who waits where, before the first of them ends and the launcher ends the
+others.
+"""
+
+import contextlib
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from megatron_ext.config.resilience import ResilienceConfig
+
+EXIT_CODE = 74
+"""Of a rank that ended itself for a hang."""
+
+GRACE_S = 10.0
+"""Seconds between a rank's stacks and its end, in which the others print theirs."""
+
+STEPS_FOR_A_MEDIAN = 8
+MEDIAN_OF = 64
+
+
+class Watchdog:
+    """Ends the process when `alive` is not called in time."""
+
+    def __init__(self, section: ResilienceConfig, folder: Path, rank: int, tell: Callable[[str, float], None]) -> None:
+        """`folder` gets the stacks; `tell(activity, seconds)` is called before the end, from another thread."""
+        self._section = section
+        self._folder = folder
+        self._rank = rank
+        self._tell = tell
+        self._activity = "the start"
+        self._since = time.monotonic()
+        self._limit = section.hang_timeout_s
+        self._steps: deque[float] = deque(maxlen=MEDIAN_OF)
+        self._closed = threading.Event()
+
+    @classmethod
+    @contextlib.contextmanager
+    def watching(
+        cls, section: ResilienceConfig, folder: Path, rank: int, tell: Callable[[str, float], None]
+    ) -> Iterator["Watchdog"]:
+        """Watch while open; with hang_timeout_s 0 nothing is watched."""
+        watchdog = cls(section, folder, rank, tell)
+        thread = threading.Thread(target=watchdog._watch, name="watchdog", daemon=True)
+        if section.hang_timeout_s:
+            thread.start()
+        try:
+            yield watchdog
+        finally:
+            watchdog._closed.set()
+            if thread.is_alive():
+                thread.join()
+
+    def alive(self, activity: str, *, is_step: bool = False) -> None:
+        """The main thread begins `activity`. Only steps have a limit of their own, from the steps before."""
+        now = time.monotonic()
+        if self._activity.startswith("step"):
+            self._steps.append(now - self._since)
+        limit, factor = self._section.hang_timeout_s, self._section.slow_step_factor
+        if is_step and factor is not None and len(self._steps) >= STEPS_FOR_A_MEDIAN:
+            limit = min(limit, factor * statistics.median(self._steps))
+        self._activity, self._since, self._limit = activity, now, limit
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._section.hang_timeout_s / 10)):
+            seconds = time.monotonic() - self._since
+            if seconds > self._limit:
+                self._end(self._activity, seconds)
+
+    def _end(self, activity: str, seconds: float) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"rank_{self._rank:05d}.txt"
+        print(
+            f"rank {self._rank}: {activity} has taken {seconds:.0f} s, more than {self._limit:.0f} s: ending with exit "
+            f"code {EXIT_CODE}; stacks of all threads here and in {path}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        for stream in (sys.stderr, path.open("w", encoding="utf-8")):
+            faulthandler.dump_traceback(file=stream, all_threads=True)
+            stream.flush()
+        self._tell(activity, seconds)
+        if not self._closed.wait(GRACE_S):
+            os._exit(EXIT_CODE)  # the main thread cannot be woken: no exception, no exit handler
