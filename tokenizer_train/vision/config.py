@@ -7,6 +7,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.runtime import DeviceName
 from megatron_ext.vision import VisionTokenizerConfig
 
 
@@ -103,11 +104,43 @@ class VisionTrainConfig:
     train_steps: int = 1000
     """Optimizer steps."""
 
+    accumulation_steps: int = 1
+    """Micro-batches that a step's batch is passed through the networks in, one after the other; media.batch_size stays
+    what a step sees. Batch norms normalise over one micro-batch at a time (of all ranks): more of them change the
+    result as a smaller batch would, unless they are frozen."""
+
     seed: int = 1234
     """Seed of initial weights, order of the media, crops, k-means and restarts."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type in which the networks compute; weights, quantiser and losses stay fp32."""
+
+    ema_decay: float = 0.0
+    """Share of the averaged weights that a step keeps (SBER's MoVQGAN: 0.9999); the average is evaluated and released.
+    0 releases the last weights."""
+
+    recompute_min_side: int = 0
+    """Frames of at least so many pixels squared keep only the inputs of the networks' blocks, whose insides are
+    computed again in the backward pass: a third more time, a fraction of the memory. 512 suits the full model on
+    80 GB; 0 never."""
+
+    compile: bool = False
+    """Let torch.compile fuse the 2D networks; the first batch of each size then takes minutes."""
+
+    device: DeviceName = "auto"
+    """Where to compute; auto takes a GPU where one is visible."""
+
+    deterministic: bool = False
+    """Ask for bitwise repeatable kernels, and fail where there is none. A CPU is repeatable anyway."""
+
+    distributed_timeout_s: int = 600
+    """Seconds that ranks wait for each other, as at evaluations, which rank 0 does alone, before the run ends."""
+
+    exit_interval: int | None = None
+    """Save and stop after a step divisible by this; the next start of the same run goes on."""
+
+    exit_duration: float | None = None
+    """Minutes after the start at which to save and stop; the next start of the same run goes on."""
 
     init: Literal["near_identity", "emu3"] = "near_identity"
     """Initial weights: residual branches at zero and temporal layers that pass frames on, or those of Emu3's code."""
@@ -122,7 +155,22 @@ class VisionTrainConfig:
     """Pictures, and clips, evaluated at most."""
 
     num_threads: int = 0
-    """CPU threads; 0 takes all cores this process may use."""
+    """CPU threads per rank; 0 shares the cores that this process may use evenly among the machine's ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} = {getattr(self, name)}: must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOptimConfig(OptimConfig):
+    """AdamW, clipping and the learning-rate schedule."""
+
+    clip_grad_value: float = 0.0
+    """Largest absolute value of a gradient's numbers (SBER's MoVQGAN: 1.0), after clip_grad; 0 turns it off."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +192,7 @@ class VisionTokenizerTrainingConfig:
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     """What keeps the codebook from collapsing."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: VisionOptimConfig = field(default_factory=VisionOptimConfig)
     """AdamW, clipping and the learning-rate schedule."""
 
     train: VisionTrainConfig = field(default_factory=VisionTrainConfig)
@@ -163,5 +211,3 @@ class VisionTokenizerTrainingConfig:
                 f"media.batch_size = {self.media.batch_size}: must hold the {self.model.temporal_downsample_factor} "
                 "frames of one chunk when media.clip_share is not 0"
             )
-        if self.train.train_steps < 1:
-            raise InputError(f"train.train_steps = {self.train.train_steps}: must be positive")
