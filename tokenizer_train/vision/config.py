@@ -58,7 +58,8 @@ class MediaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms of the loss; each term is a mean over all its numbers."""
+    """Weights of the terms of the loss; each term is a mean over all its numbers, and its weight here is the one that
+    acts. Terms of weight 0 other than those of the pixels are not computed."""
 
     l1: float = 1.0
     """Absolute difference of the pixels."""
@@ -69,11 +70,46 @@ class LossConfig:
     gradient: float = 0.5
     """Absolute difference of the pixels' differences to their right and lower neighbours: keeps edges."""
 
+    lpips_vgg16: float = 0.0
+    """LPIPS (version 0.1, VGG16): squared distance of features, weighted as people judged."""
+
+    efficientnet_lite0: float = 0.0
+    """Squared distance of the features of EfficientNet-Lite0, which needs no file: LPIPS's formula without its learned
+    heads, not LPIPS. It orders distortions as LPIPS does (rank correlation 0.97) with numbers about 1.5 times as large.
+    """
+
+    perceptual_start_step: int = 0
+    """Steps before lpips_vgg16 and efficientnet_lite0 act."""
+
+    vgg16_weights: str | None = None
+    """File of VGG16 weights in torchvision's format (vgg16-397923af.pth); tokenizer_train.vision.fetch_vgg16 fetches
+    its convolutions."""
+
+    lpips_heads: str | None = None
+    """File of LPIPS's heads in the format of the lpips package (weights/v0.1/vgg.pth); fetched likewise."""
+
+    adversarial: float = 0.0
+    """Minus the discriminator's mean score of what was drawn (hinge GAN)."""
+
+    adversarial_start_step: int = 0
+    """Steps before adversarial acts; the discriminator may learn from an earlier step on."""
+
+    adversarial_scale: Literal["fixed", "adaptive"] = "fixed"
+    """What the weight of adversarial is multiplied with: 1, or the length of the reconstruction's gradient over that of
+    the adversarial one at the decoder's last kernel (VQGAN, Esser et al. 2021), of each micro-batch over all ranks."""
+
     codebook: float = 1.0
     """Squared distance that moves the codes to the latents."""
 
     commitment: float = 0.25
     """Squared distance that moves the latents to their codes."""
+
+    def __post_init__(self) -> None:
+        if self.lpips_vgg16 and not (self.vgg16_weights and self.lpips_heads):
+            raise InputError(
+                f"loss.lpips_vgg16 = {self.lpips_vgg16}: needs loss.vgg16_weights and loss.lpips_heads; "
+                "python -m tokenizer_train.vision.fetch_vgg16 fetches both, loss.efficientnet_lite0 needs neither"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +209,41 @@ class VisionOptimConfig(OptimConfig):
     """Largest absolute value of a gradient's numbers (SBER's MoVQGAN: 1.0), after clip_grad; 0 turns it off."""
 
 
+def _discriminator_optim() -> VisionOptimConfig:
+    return VisionOptimConfig(lr=1e-4, adam_beta1=0.5, adam_beta2=0.9, weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The PatchGANs of pictures and of clips, which are there where loss.adversarial is not 0."""
+
+    start_step: int = 0
+    """Steps before the discriminator learns; not after loss.adversarial_start_step."""
+
+    width: int = 64
+    """Channels of its first layer; every further layer has twice as many, up to 8 times."""
+
+    num_layers: int = 3
+    """Layers that halve the grid. A score sees 34 pixels a side with 2 of them, 70 with 3."""
+
+    norm: Literal["batch", "group"] = "batch"
+    """Norms between its layers: over the batch of all ranks, as published PatchGANs have, or within each picture, which
+    gradient accumulation and small batches do not change."""
+
+    redraw: bool = False
+    """Let the discriminator learn from what the tokenizer draws after its own step of the same batch, as a trainer with
+    two optimizers in turn does (Lightning 1), at the price of another forward pass; else from what it drew before."""
+
+    optim: VisionOptimConfig = field(default_factory=_discriminator_optim)
+    """AdamW, clipping and the learning-rate schedule, which counts the discriminator's own steps. Rate and decays of
+    the moments are by default those of SBER's MoVQGAN."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"discriminator.{name} = {getattr(self, name)}: must be positive")
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionTokenizerTrainingConfig:
     """Train a vision tokenizer on pictures and clips."""
@@ -188,6 +259,9 @@ class VisionTokenizerTrainingConfig:
 
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the loss."""
+
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The networks of the adversarial loss and their optimizer."""
 
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     """What keeps the codebook from collapsing."""
@@ -210,4 +284,12 @@ class VisionTokenizerTrainingConfig:
             raise InputError(
                 f"media.batch_size = {self.media.batch_size}: must hold the {self.model.temporal_downsample_factor} "
                 "frames of one chunk when media.clip_share is not 0"
+            )
+        if self.loss.adversarial and not (
+            self.discriminator.start_step <= self.loss.adversarial_start_step < self.train.train_steps
+        ):
+            raise InputError(
+                f"loss.adversarial_start_step = {self.loss.adversarial_start_step}: must be at least "
+                f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
+                f"{self.train.train_steps}"
             )

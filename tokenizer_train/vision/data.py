@@ -41,7 +41,7 @@ class TrainingMedia:
             raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no picture; set it to 1")
         self._decoded = functools.lru_cache(maxsize=config.cached_samples)(self._decode)
 
-    def batch(self, step: int) -> Tensor:
+    def batch(self, step: int, accumulation_index: int = 0) -> Tensor:
         """Pixels of step `step` (the first is 1): pictures [B, C, H, W], or chunks of clips [B, T, C, H, W]."""
         random = np.random.default_rng(np.frombuffer(derive_key(self._seed, "batch", step), dtype=np.uint32))
         if random.random() < self.config.clip_share:

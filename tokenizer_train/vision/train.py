@@ -10,10 +10,11 @@ import sys
 import torch
 
 from megatron_ext.config import load, run_program, to_yaml
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.observe import Run
 from megatron_ext.resilience.signals import StopRequest
-from megatron_ext.runtime.device import choose_device, set_threads
+from megatron_ext.runtime import Topology
 from megatron_ext.vision import load_vision_tokenizer, save_vision_tokenizer
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -26,14 +27,13 @@ def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(VisionTokenizerTrainingConfig, argv, prog="tokenizer_train.vision.train")
     runtime = RuntimeConfig(num_threads=config.train.num_threads)
-    device = choose_device(runtime, local_rank=0)
-    set_threads(runtime, device, local_world_size=1)
     media = TrainingMedia(config.media, seed=config.train.seed, chunk_frames=config.model.temporal_downsample_factor)
     with (
+        Topology.start(runtime, ParallelConfig()) as topology,
         StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as stop,
         Run.open(config.observe, True, to_yaml(config), total_steps=config.train.train_steps) as run,
     ):
-        trainer = Trainer(config, media, run, device)
+        trainer = Trainer(config, media, run, topology)
         trainer.resume()
         _announce(trainer, run)
         trainer.fit(lambda: stop.requested)

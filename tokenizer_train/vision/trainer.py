@@ -10,14 +10,17 @@ import torch
 from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
 from megatron_ext.config import InputError, as_dict
 from megatron_ext.observe import Run
+from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
 from tokenizer_train.vision import evaluate
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia, torch_generator
 from tokenizer_train.vision.initialize import near_identity
+from tokenizer_train.vision.optimizer import NetworkOptimizer
+from tokenizer_train.vision.parallel import Replicas
 from tokenizer_train.vision.step import TrainStep
 
-SHAPING_SECTIONS = ("media", "model", "loss", "codebook", "optim", "train")
+SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "optim", "train")
 """Sections that a resume must find as they were; observe and checkpoint may change."""
 
 STATE_FILE = "state.pt"
@@ -27,24 +30,16 @@ class Trainer:
     """What a training holds: the model, the optimizer, what one step does with them, and the steps done."""
 
     def __init__(
-        self, config: VisionTokenizerTrainingConfig, media: TrainingMedia, run: Run, device: torch.device
+        self, config: VisionTokenizerTrainingConfig, media: TrainingMedia, run: Run, topology: Topology
     ) -> None:
         self.config = config
         self.media = media
         self.run = run
         self.step = 0
-        self.device = device
-        self.model = self._initial_model().to(device).train()
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optim.lr,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            eps=optim.adam_eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
-        self.train_step = TrainStep(config, self.model, self.optimizer, media)
+        self.device = topology.device
+        self.model = self._initial_model().to(self.device).train()
+        self.optimizer = NetworkOptimizer(self.model, config.optim, config.train.train_steps)
+        self.train_step = TrainStep(config, self.model, self.optimizer, media, Replicas(topology))
         self.store = CheckpointStore(Path(config.observe.run_dir) / "checkpoints", keep=config.checkpoint.keep)
 
     def resume(self) -> None:
@@ -60,7 +55,7 @@ class Trainer:
             state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.train_step.used_K = state["used_K"]
+            self.train_step.load_state_dict(state["train_step"])
             self.step = metadata["step"]
         self.run.truncate_after(self.step)
 
@@ -73,7 +68,7 @@ class Trainer:
             line = self.train_step.run(self.step + 1)
             self.step += 1
             seconds = time.perf_counter() - started
-            tokens = line.pop("num_tokens")
+            tokens, _ = line.pop("num_tokens"), line.pop("num_samples")
             self.run.log_metrics(line | {"timing": {"step_seconds": seconds, "tokens_per_second": tokens / seconds}})
             if self.step % self.config.train.eval_interval == 0 or self.step == total:
                 self.evaluate()
@@ -96,7 +91,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "used_K": self.train_step.used_K,
+            "train_step": self.train_step.state_dict(),
         }
         metadata = {"config": as_dict(self.config)}
         self.store.write(self.step, lambda folder: torch.save(state, folder / STATE_FILE), metadata)
