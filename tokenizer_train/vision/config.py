@@ -141,9 +141,8 @@ class VisionTrainConfig:
     """Optimizer steps."""
 
     accumulation_steps: int = 1
-    """Micro-batches that a step's batch is passed through the networks in, one after the other; media.batch_size stays
-    what a step sees. Batch norms normalise over one micro-batch at a time (of all ranks): more of them change the
-    result as a smaller batch would, unless they are frozen."""
+    """Batches of media.batch_size (over all ranks) that a step sees, one after the other. Batch norms normalise over
+    one of them at a time: two batches of 4 are not one of 8 to them, unless they are frozen."""
 
     seed: int = 1234
     """Seed of initial weights, order of the media, crops, k-means and restarts."""
