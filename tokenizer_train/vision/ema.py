@@ -31,11 +31,6 @@ class WeightAverage:
         for name in live.keys() - set(names):
             self._average[name].copy_(live[name])
 
-    @torch.no_grad()
-    def forget(self, name: str, rows: Tensor | slice = slice(None)) -> None:
-        """Set `rows` of weight `name` to what they are now: codes that were moved, whose past means nothing."""
-        self._average[name][rows] = self._live()[name][rows]
-
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """While open, the network computes with the average; then its own weights are back. Nothing is copied."""

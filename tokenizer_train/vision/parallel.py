@@ -12,6 +12,7 @@ Shapes: B batch, C channels, ... any further axes; R ranks.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from megatron_ext.runtime import Topology
+
+BUFFERS_STAY = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")  # since torch 2.13; before
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
+"""DDP's option that would copy rank 0's buffers at every call: the statistics of the batch norms are equal on all ranks
+anyway, and the copying, in place, forbids a second call before the backward pass."""
 
 
 class Replicas:
@@ -45,14 +54,12 @@ class Replicas:
         """
         if self.count == 1:
             return function
-        # Buffers: the batch norms' statistics are equal on all ranks, and DDP's copying of them is in place, which
-        # forbids a second call before the backward pass.
         return DistributedDataParallel(
             _Call(network, function),
             process_group=self._group,
-            broadcast_buffers=False,
             find_unused_parameters=may_skip,
             gradient_as_bucket_view=True,
+            **{BUFFERS_STAY: False},
         )
 
     @contextlib.contextmanager

@@ -56,13 +56,3 @@ def test_saved_average_comes_back():
     assert all(torch.equal(tensor, saved[name]) for name, tensor in average.state_dict().items())
     with pytest.raises(RuntimeError, match="0.bias is in one"):
         average.load_state_dict({name: tensor for name, tensor in saved.items() if name != "0.bias"})
-
-
-def test_moved_codes_have_no_past():
-    live = nn.Embedding(4, 2)
-    average = WeightAverage(live, 0.9)
-    before = live.weight.detach().clone()
-    with torch.no_grad():
-        live.weight += 1
-    average.forget("weight", torch.tensor([True, False, True, False]))
-    assert torch.equal(average.state_dict()["weight"], before + torch.tensor([[1.0], [0], [1], [0]]))

@@ -2,17 +2,24 @@
 one rank. One group of ranks walks all cases.
 """
 
+import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from megatron_ext.config import load
+from megatron_ext.config import InputError, load
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.observe import read_json_lines
 from megatron_ext.runtime import Topology
+from megatron_ext.vision import load_vision_tokenizer
 from tests.support.distributed import Ranks, use_next_store
+from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.optimizer import NetworkOptimizer
@@ -23,28 +30,38 @@ from tokenizer_train.vision.trainer import initial_model
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
 
-TOLERANCE = dict(rtol=0, atol=1e-5)
-"""Of batch norms in 32 against 64 bits; TODO measured."""
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """Two copies of a run that one rank stopped after three of its steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = configured("accumulated", folder / "alone")
+    train.train(replace(config, train=replace(config.train, exit_interval=3)))
+    shutil.copytree(folder / "alone", folder / "two")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory):
+def walked(stopped):
     """What each of two ranks found on its walk."""
     ranks = Ranks()
     try:
-        yield ranks.run(walk, 2, tmp_path_factory.mktemp("ranks"))
+        yield ranks.run(walk, 2, stopped)
     finally:
         ranks.close()
 
 
-def walk(folder: Path) -> dict[str, object]:
+def walk(folder: Path) -> dict[str, Any]:
     """All cases on one rank."""
     with Topology.start(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig()) as topology:
         found = {
             "norms": norms_on_a_rank(topology),
             "branches": branches_on_a_rank(topology),
             "trainings": {name: training_on_a_rank(topology, name) for name in TRAININGS},
+            "refusal": refusal_on_a_rank(topology),
         }
+    use_next_store()
+    train.train(configured("accumulated", folder / "two"))
     use_next_store()
     return found
 
@@ -106,8 +123,9 @@ def test_batch_norm_is_that_of_the_joined_batch(walked):
             else:
                 mine = found[0][case][name]
                 assert torch.equal(mine, found[1][case][name]), (name, "differs between ranks")
-            print(kind, momentum, training, name, (mine.double() - value).abs().max().item(), value.abs().max().item())
-            torch.testing.assert_close(mine.double(), value.double(), **TOLERANCE)
+            error = (mine.double() - value).abs().max() / value.abs().max().clamp(min=1)
+            # In 32 against 64 bits, of values whose mean is sixty times their deviation. Measured: at most 5.2e-6.
+            assert error < 1e-5, (kind, momentum, training, name, error)
 
 
 class Branches(nn.Module):
@@ -122,7 +140,7 @@ class Branches(nn.Module):
         return getattr(self, which)(batch).square().mean()
 
 
-BATCH = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
+BATCH_N3 = torch.randn(4, 3, generator=torch.Generator().manual_seed(6))
 
 
 def branches_on_a_rank(topology: Topology) -> dict[str, torch.Tensor | None]:
@@ -131,7 +149,7 @@ def branches_on_a_rank(topology: Topology) -> dict[str, torch.Tensor | None]:
     if topology.rank == 1:
         nn.init.zeros_(network.first.weight)  # the ranks go by the weights of the first
     call = replicas.call(network, network.forward, may_skip=True)
-    own = BATCH.chunk(replicas.count)[replicas.rank]
+    own = BATCH_N3.chunk(replicas.count)[replicas.rank]
     for index, which in enumerate(("first", "second")):
         with replicas.exchanging(call, now=index == 1):
             (call(which, own) + call(which, 2 * own)).backward()
@@ -140,7 +158,7 @@ def branches_on_a_rank(topology: Topology) -> dict[str, torch.Tensor | None]:
 
 def test_accumulated_gradients_of_skipped_branches_are_exchanged(walked):
     network = Branches()
-    sum(network(which, BATCH) + network(which, 2 * BATCH) for which in ("first", "second")).backward()
+    sum(network(which, BATCH_N3) + network(which, 2 * BATCH_N3) for which in ("first", "second")).backward()
     for rank in walked:
         for name, weight in network.named_parameters():
             if "never" in name:
@@ -157,7 +175,7 @@ TRAININGS = {
 STEPS = 4
 
 
-def configured(name: str) -> VisionTokenizerTrainingConfig:
+def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrainingConfig:
     """The shipped configuration on small pictures and clips: plain, then with codes, then with restarts."""
     options = {
         "media.inputs": f"[{ROOT / 'examples/media/images'},{ROOT / 'examples/media/clips'}]",
@@ -180,6 +198,10 @@ def configured(name: str) -> VisionTokenizerTrainingConfig:
         "train.precision": "fp32",
         "train.init": "emu3",
         "train.freeze_batch_norm_step": 0,
+        "train.eval_samples": 2,
+        "train.num_threads": 1,
+        "observe.run_dir": run_dir,
+        "observe.tensorboard": "false",
         **TRAININGS[name],
     }
     return load(
@@ -187,20 +209,46 @@ def configured(name: str) -> VisionTokenizerTrainingConfig:
     )
 
 
-def training_on_a_rank(topology: Topology, name: str) -> list[dict[str, object]]:
-    """Metrics, gradients and running statistics of every step."""
-    config = configured(name)
+class RankMedia(TrainingMedia):
+    """The batches of a rank; from step `spoilt_from` on, those of rank 1 are not numbers."""
+
+    def __init__(self, config: VisionTokenizerTrainingConfig, topology: Topology, spoilt_from: int = 99) -> None:
+        super().__init__(
+            config.media,
+            seed=5,
+            chunk_frames=4,
+            accumulation_steps=config.train.accumulation_steps,
+            rank=topology.data_parallel_rank,
+            ranks=topology.data_parallel_size,
+        )
+        self._spoilt_from = spoilt_from if topology.rank == 1 else 99
+
+    def batch(self, step: int, accumulation_index: int = 0) -> torch.Tensor:
+        return super().batch(step, accumulation_index) * (torch.nan if step >= self._spoilt_from else 1)
+
+
+def made(config: VisionTokenizerTrainingConfig, topology: Topology, **media: int) -> TrainStep:
     model = initial_model(config).train()
-    media = TrainingMedia(
-        config.media,
-        seed=5,
-        chunk_frames=4,
-        accumulation_steps=config.train.accumulation_steps,
-        rank=topology.data_parallel_rank,
-        ranks=topology.data_parallel_size,
-    )
     optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
-    train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
+    return TrainStep(config, model, optimizer, RankMedia(config, topology, **media), Replicas(topology))
+
+
+def refusal_on_a_rank(topology: Topology) -> str:
+    """What a rank says when the batch of rank 1 is spoilt."""
+    train_step = made(configured("plain"), topology, spoilt_from=2)
+    train_step.run(1)
+    before = copy.deepcopy(train_step.optimizer.state_dict())
+    with pytest.raises(InputError) as refused:
+        train_step.run(2)
+    after = train_step.optimizer.state_dict()
+    assert all(torch.equal(after["state"][0][name], value) for name, value in before["state"][0].items())
+    return str(refused.value)
+
+
+def training_on_a_rank(topology: Topology, name: str) -> list[dict[str, Any]]:
+    """Metrics, gradients and running statistics of every step."""
+    train_step = made(configured(name), topology)
+    model = train_step.model
     history = []
     for step in range(1, STEPS + 1):
         line = train_step.run(step)
@@ -221,14 +269,31 @@ def alone():
 def test_two_ranks_train_as_one(walked, alone, name):
     for rank in walked:
         for mine, expected in zip(rank["trainings"][name], alone[name], strict=True):
-            assert mine["line"].keys() == expected["line"].keys()
-            for key, value in expected["line"].items():
-                print(name, expected["line"]["step"], key, mine["line"][key], value)
+            step = expected["line"]["step"]
+            assert mine["line"] == pytest.approx(expected["line"], rel=1e-5), step
             for part in ("gradients", "statistics"):
                 assert mine[part].keys() == expected[part].keys()
-                worst = max(
-                    ((mine[part][key] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
-                    for key, value in expected[part].items()
-                )
-                print(name, expected["line"]["step"], part, worst)
-    assert 0
+                for key, value in expected[part].items():
+                    # Measured: losses 5e-7, gradients 1.2e-5 of at most 2, statistics 1e-5 after 4 steps.
+                    error = (mine[part][key] - value).abs().max() / value.abs().max().clamp(min=1)
+                    assert error < 1e-5, (step, part, key, error)
+
+
+def test_a_batch_of_one_rank_that_is_not_finite_stops_all(walked):
+    assert [rank["refusal"] for rank in walked] == [walked[0]["refusal"]] * 2
+    assert "step 2 has grad_norm nan" in walked[0]["refusal"]
+
+
+def test_two_ranks_take_up_the_run_of_one(walked, stopped):
+    train.train(configured("accumulated", stopped / "alone"))
+    mine, expected = (read_json_lines(stopped / name / "metrics.jsonl") for name in ("two", "alone"))
+    assert [line["step"] for line in mine] == [line["step"] for line in expected] == [1, 2, 3, 4, 5, 6, 6]
+    for own, other in zip(mine, expected, strict=True):
+        assert own.keys() == other.keys()
+        for key, value in other.items():
+            if key != "timing":
+                assert own[key] == pytest.approx(value, rel=1e-4), (own["step"], key)
+    mine, expected = (load_vision_tokenizer(stopped / name / "tokenizer").state_dict() for name in ("two", "alone"))
+    worst = max((mine[name].float() - tensor.float()).abs().max().item() for name, tensor in expected.items())
+    print(worst)
+    assert worst < 1e-4
