@@ -104,6 +104,17 @@ class LossConfig:
     commitment: float = 0.25
     """Squared distance that moves the latents to their codes."""
 
+    index_propagation: float = 0.0
+    """Squared distance of latents and codes through the softmax over all codes; model.quantizer ibq alone (Emu3.5: 1,
+    with commitment 1 and codebook 0.25)."""
+
+    entropy: float = 0.0
+    """Mean entropy of the softmax over all codes minus the entropy of its mean: sure choices, evenly used codes;
+    model.quantizer ibq alone (Emu3.5's weight is unpublished)."""
+
+    entropy_temperature: float = 0.01
+    """What the scores are divided by before that softmax (Emu3.5: 0.01)."""
+
     def __post_init__(self) -> None:
         if self.lpips_vgg16 and not (self.vgg16_weights and self.lpips_heads):
             raise InputError(

@@ -2,11 +2,12 @@
 
 Means of equal parts compose: the mean over ranks and micro-batches of a loss is the loss of the whole batch.
 
-Shapes: ... any leading axes, C colour channels, H W pixels; B batch, D codebook vector size, T latent frames.
+Those between latents and codes are in quantize_loss.py.
+
+Shapes: ... any leading axes, C colour channels, H W pixels.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,30 +16,12 @@ from torch import Tensor
 from tokenizer_train.vision.config import LossConfig
 
 PERCEPTUAL_TERMS = ("lpips_vgg16", "efficientnet_lite0")
-TERMS = ("l1", "l2", "gradient", *PERCEPTUAL_TERMS, "adversarial", "codebook", "commitment")
+QUANTIZER_TERMS = ("codebook", "commitment", "index_propagation", "entropy")
+TERMS = ("l1", "l2", "gradient", *PERCEPTUAL_TERMS, "adversarial", *QUANTIZER_TERMS)
 """Names of all terms: fields of LossConfig, `loss_NAME` and `weight_NAME` in the metrics."""
 
 ADAPTIVE_EPS = 1e-4
 ADAPTIVE_LIMIT = 1e4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Latents and the codes nearest to them."""
-
-    latents_BDTHW: Tensor
-    """What the encoder says."""
-
-    codes_BTHW: Tensor
-    """Index of the nearest code."""
-
-    vectors_BDTHW: Tensor
-    """The codes' vectors."""
-
-    @property
-    def passed_through_BDTHW(self) -> Tensor:
-        """The vectors, with the latents' gradient (straight-through estimator, van den Oord et al. 2017)."""
-        return self.latents_BDTHW + (self.vectors_BDTHW - self.latents_BDTHW).detach()
 
 
 def weights_at(config: LossConfig, step: int) -> dict[str, float]:
@@ -66,14 +49,6 @@ def gradient_loss(pixels_CHW: Tensor, target_CHW: Tensor) -> Tensor:
     """Mean absolute difference of horizontal and of vertical pixel differences, summed."""
     error_CHW = pixels_CHW - target_CHW
     return error_CHW.diff(dim=-1).abs().mean() + error_CHW.diff(dim=-2).abs().mean()
-
-
-def quantizer_terms(quantized: Quantized) -> dict[str, Tensor]:
-    """The terms that bring latents and codes together (van den Oord et al. 2017, equation 3)."""
-    return {
-        "codebook": F.mse_loss(quantized.vectors_BDTHW, quantized.latents_BDTHW.detach()),
-        "commitment": F.mse_loss(quantized.latents_BDTHW, quantized.vectors_BDTHW.detach()),
-    }
 
 
 def adversarial_loss(drawn_scores: Tensor) -> Tensor:

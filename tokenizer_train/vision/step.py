@@ -19,17 +19,16 @@ from tokenizer_train.vision.codebook import kmeans, perplexity, restart_dead_cod
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia, torch_generator
 from tokenizer_train.vision.losses import (
-    Quantized,
     adaptive_weight,
     adversarial_loss,
     pixel_terms,
-    quantizer_terms,
     weighted_sum,
     weights_at,
 )
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
 from tokenizer_train.vision.perceptual import perceptual_distances
+from tokenizer_train.vision.quantize_loss import quantize_latents, quantizer_terms
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,10 +151,14 @@ class TrainStep:
         latents_BDthw = latents_BDthw.float()
         terms, codes_Bthw, drawn_from_BDthw = {}, None, latents_BDthw
         if quantize:
-            codes_Bthw = model.quantize.nearest(latents_BDthw)
-            vectors_BDthw = model.quantize.lookup(codes_Bthw)
-            quantized = Quantized(latents_BDTHW=latents_BDthw, codes_BTHW=codes_Bthw, vectors_BDTHW=vectors_BDthw)
-            terms, drawn_from_BDthw = quantizer_terms(quantized), quantized.passed_through_BDTHW
+            loss = self.config.loss
+            quantized = quantize_latents(model.quantize, latents_BDthw)
+            codes_Bthw, drawn_from_BDthw = quantized.codes_BTHW, quantized.passed_through_BDTHW
+            terms = quantizer_terms(
+                quantized,
+                entropy_temperature=loss.entropy_temperature if loss.entropy else None,
+                mean_over_ranks=self.replicas.mean,
+            )
         with self._autocast():
             render = model.render_first_frame if batch.ndim == 4 else model.render
             pixels = render(drawn_from_BDthw)

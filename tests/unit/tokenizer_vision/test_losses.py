@@ -10,16 +10,15 @@ from tokenizer_train.vision.config import DiscriminatorConfig, LossConfig, Visio
 from tokenizer_train.vision.losses import (
     PERCEPTUAL_TERMS,
     TERMS,
-    Quantized,
     adaptive_weight,
     adversarial_loss,
     discriminator_loss,
     gradient_loss,
     pixel_terms,
-    quantizer_terms,
     weighted_sum,
     weights_at,
 )
+from tokenizer_train.vision.quantize_loss import Quantized, quantizer_terms
 
 
 def test_losses_by_hand():
