@@ -127,6 +127,14 @@ class LossConfig:
 class CodebookConfig:
     """What keeps the codebook from collapsing."""
 
+    update: Literal["gradient", "ema"] = "gradient"
+    """What moves the codes: the optimizer by loss.codebook, or moving averages of the latents that choose them (van den
+    Oord et al. 2017), for which loss.codebook must be 0."""
+
+    ema_decay: float = 0.99
+    """Share that a step keeps of a code's average and of its averaged number of latents, which is logged either way
+    as codes_perplexity_average."""
+
     start_step: int = 0
     """Steps without quantisation, as a plain autoencoder; then k-means places the codes."""
 
@@ -142,6 +150,10 @@ class CodebookConfig:
 
     restart_until_step: int = 0
     """Last step with restarts; late ones only add noise."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ema_decay < 1:
+            raise InputError(f"codebook.ema_decay = {self.ema_decay}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +298,7 @@ class VisionTokenizerTrainingConfig:
     """When to save; init_from is the folder of a vision tokenizer."""
 
     def __post_init__(self) -> None:
+        self._check_quantizer()
         if self.media.size % self.model.spatial_factor:
             raise InputError(
                 f"media.size = {self.media.size}: must be a multiple of the spatial factor {self.model.spatial_factor}"
@@ -303,3 +316,23 @@ class VisionTokenizerTrainingConfig:
                 f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
                 f"{self.train.train_steps}"
             )
+
+    def _check_quantizer(self) -> None:
+        loss, codebook = self.loss, self.codebook
+        if self.model.quantizer == "ibq":
+            wrong = {
+                "update": codebook.update != "gradient",
+                "kmeans_batches": codebook.kmeans_batches > 0,
+                "restart_until_step": codebook.restart_until_step > 0,
+            }
+            for name in (name for name, is_wrong in wrong.items() if is_wrong):
+                raise InputError(
+                    f"codebook.{name} = {getattr(codebook, name)!r}: is for model.quantizer nearest; every code of an "
+                    f"ibq has a gradient, so set {'gradient' if name == 'update' else 0}"
+                )
+            return
+        for name in ("index_propagation", "entropy"):
+            if getattr(loss, name):
+                raise InputError(f"loss.{name} = {getattr(loss, name)}: acts with model.quantizer ibq alone, set 0")
+        if codebook.update == "ema" and loss.codebook:
+            raise InputError(f"loss.codebook = {loss.codebook}: moves nothing with codebook.update ema, set 0")

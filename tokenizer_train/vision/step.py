@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from megatron_ext.vision import MoVQGAN
 from tokenizer_train.vision.adversary import Adversary
-from tokenizer_train.vision.codebook import kmeans, perplexity, restart_dead_codes
+from tokenizer_train.vision.codebook import CodebookKeeper
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
-from tokenizer_train.vision.data import TrainingMedia, torch_generator
+from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.losses import (
     adaptive_weight,
     adversarial_loss,
@@ -66,8 +66,8 @@ class Pass:
 
 
 class TrainStep:
-    """What one step needs: the tokenizer, its optimizer, the media, its adversary if it has one, and which codes were
-    used since the last restart."""
+    """What one step needs: the tokenizer, its optimizer, the media, its adversary if it has one, and the keeper of its
+    codebook."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class TrainStep:
         self.media = media
         self.replicas = replicas
         self.device = next(model.parameters()).device
-        self.used_K = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=self.device)
+        self.codebook = CodebookKeeper(config.codebook, model.quantize, config.train.seed, replicas)
         self.distances = {name: net.to(self.device) for name, net in perceptual_distances(config.loss).items()}
         self.adversary = Adversary(config, self.device, replicas) if config.loss.adversarial else None
         replicas.join_batch_norms(model)
@@ -111,11 +111,13 @@ class TrainStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs beside the weights and moments of the tokenizer."""
-        return {"used_K": self.used_K} | ({"adversary": self.adversary.state_dict()} if self.adversary else {})
+        return {"codebook": self.codebook.state_dict()} | (
+            {"adversary": self.adversary.state_dict()} if self.adversary else {}
+        )
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
-        self.used_K.copy_(state["used_K"])
+        self.codebook.load_state_dict(state["codebook"])
         if self.adversary:
             self.adversary.load_state_dict(state["adversary"])
 
@@ -201,40 +203,20 @@ class TrainStep:
         return self._drawing(done.batch, quantize=step > self.config.codebook.start_step).pixels
 
     def _note_codes(self, step: int, passes: list[Pass]) -> dict[str, float]:
-        """Keep count of the codes in use, restart dead ones when it is time; metrics."""
-        codebook = self.config.codebook
-        codes_N = torch.cat([done.codes_Bthw.flatten() for done in passes])
-        counts_K = self.replicas.total(torch.bincount(codes_N, minlength=self.config.model.codebook_size))
-        self.used_K |= counts_K > 0
-        line = {"codes_perplexity": perplexity(counts_K)}
-        if codebook.restart_interval and step % codebook.restart_interval == 0:
-            line["codes_used"] = int(self.used_K.sum())
-            if step <= codebook.restart_until_step:
-                latents_ND = torch.cat([self._all_latents(done.latents_BDthw) for done in passes])
-                generator = torch_generator(self.config.train.seed, "restart", step)
-                line["codes_restarted"] = restart_dead_codes(
-                    self.model.quantize.embedding, self.used_K, latents_ND, self.optimizer.inner, generator
-                )
-            self.used_K.zero_()
-        return line
+        """Let the keeper of the codes see what the step chose; metrics."""
+        latents = [_rows(done.latents_BDthw) for done in passes]
+        return self.codebook.note(step, [done.codes_Bthw for done in passes], latents, self.optimizer.inner)
 
     @torch.no_grad()
     def _place_codes(self, step: int) -> None:
         """K-means over the latents of the coming batches."""
-        codebook = self.config.codebook
         latents = []
-        for ahead in range(codebook.kmeans_batches):
+        for ahead in range(self.config.codebook.kmeans_batches):
             for index in range(self.config.train.accumulation_steps):
                 with self._autocast():
                     latents_BDthw = self.model.latents(self.media.batch(step + ahead, index).to(self.device))
-                latents.append(self._all_latents(latents_BDthw.float()))
-        generator = torch_generator(self.config.train.seed, "kmeans")
-        weight_KD = self.model.quantize.embedding.weight
-        weight_KD.copy_(kmeans(torch.cat(latents), len(weight_KD), codebook.kmeans_iterations, generator))
-
-    def _all_latents(self, latents_BDthw: Tensor) -> Tensor:
-        """Vectors [N, D] of the batches of all ranks."""
-        return self.replicas.gather(latents_BDthw.movedim(1, -1)).flatten(0, -2)
+                latents.append(_rows(latents_BDthw.float()))
+        self.codebook.place(latents)
 
     def _freeze_batch_norm(self) -> None:
         for module in self.model.modules():
@@ -243,3 +225,8 @@ class TrainStep:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+
+def _rows(latents_BDthw: Tensor) -> Tensor:
+    """Latents as rows [N, D]."""
+    return latents_BDthw.movedim(1, -1).flatten(0, -2)
