@@ -1,6 +1,8 @@
 """AdamW for one network: the schedule of the decoder's training, clipping, a refusal of steps that are not finite."""
 
 import math
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,12 +13,25 @@ from megatron_ext.config.validate import schedule_fault
 from megatron_ext.optim.schedule import learning_rate
 from tokenizer_train.vision.config import VisionOptimConfig
 
+NO_UNITS: Mapping[str, float] = MappingProxyType({})
+
 
 class NetworkOptimizer:
     """The optimizer of one network and its schedule."""
 
-    def __init__(self, network: nn.Module, optim: VisionOptimConfig, train_steps: int, *, prefix: str = "") -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        optim: VisionOptimConfig,
+        train_steps: int,
+        *,
+        prefix: str = "",
+        units: Mapping[str, float] = NO_UNITS,
+    ) -> None:
         """`train_steps`: length of the run. `prefix` stands before the names of the metrics.
+
+        `units`: sizes that count as 1 for the weights of these names. Such a weight is clipped, stepped and decayed as
+        its quotient by the unit would be.
 
         Raises:
             InputError: the schedule contradicts itself.
@@ -28,7 +43,7 @@ class NetworkOptimizer:
         self.decay_steps = optim.lr_decay_steps or train_steps
         self.parameters = list(network.parameters())
         self.inner = torch.optim.AdamW(
-            _groups(network, optim.weight_decay),
+            _groups(network, optim.weight_decay, units),
             lr=optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_eps,
@@ -58,7 +73,11 @@ class NetworkOptimizer:
         """
         rate = self.learning_rate(step)
         for group in self.inner.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["unit"]
+            if group["unit"] != 1.0:
+                for weight in group["params"]:
+                    if weight.grad is not None:
+                        weight.grad *= group["unit"]
         total_norm = nn.utils.get_total_norm([weight.grad for weight in self.parameters if weight.grad is not None])
         norm = total_norm.item()
         if not math.isfinite(norm):
@@ -82,14 +101,14 @@ class NetworkOptimizer:
         self.inner.load_state_dict(state)
 
 
-def _groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def _groups(network: nn.Module, weight_decay: float, units: Mapping[str, float]) -> list[dict[str, Any]]:
     """Matrices and kernels decay; norms and biases, and codes, which live where the latents are, do not."""
     codes = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
-    decays = [weight.ndim > 1 and id(weight) not in codes for weight in network.parameters()]
+    members: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, weight in network.named_parameters():
+        decays = weight.ndim > 1 and id(weight) not in codes
+        members.setdefault((decays, units.get(name, 1.0)), []).append(weight)
     return [
-        {
-            "params": [weight for weight, flag in zip(network.parameters(), decays, strict=True) if flag == decaying],
-            "weight_decay": weight_decay if decaying else 0.0,
-        }
-        for decaying in (True, False)
+        {"params": weights, "unit": unit, "weight_decay": weight_decay / unit if decays else 0.0}
+        for (decays, unit), weights in members.items()
     ]

@@ -21,12 +21,12 @@ from megatron_ext.runtime.device import peak_memory_bytes, synchronize
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
 from tokenizer_train.vision import evaluate
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
-from tokenizer_train.vision.data import TrainingMedia, torch_generator
+from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.ema import WeightAverage
 from tokenizer_train.vision.execution import compile_networks, recompute_blocks
-from tokenizer_train.vision.initialize import near_identity
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
+from tokenizer_train.vision.start import initial_tokenizer
 from tokenizer_train.vision.step import TrainStep
 
 SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "optim", "train")
@@ -96,12 +96,13 @@ class Trainer:
         self.media = media
         self.run = run
         self.topology = topology
-        model = initial_model(config).to(topology.device).train()
+        start = initial_tokenizer(config)
+        model = start.model.to(topology.device).train()
         if config.train.recompute_min_side:
             recompute_blocks(model, config.train.recompute_min_side)
         if config.train.compile:
             compile_networks(model)
-        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
+        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
         train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
         # After the train step, which may give all ranks the weights of one.
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
@@ -221,22 +222,3 @@ class Trainer:
                         f"{section}.{name} = {value!r}, but {folder} was made with {found!r}: "
                         "set it back, or choose another observe.run_dir"
                     )
-
-
-def initial_model(config: VisionTokenizerTrainingConfig) -> MoVQGAN:
-    """The tokenizer before its first step: that of checkpoint.init_from, else weights drawn from the seed.
-
-    Raises:
-        InputError: checkpoint.init_from has another shape.
-    """
-    source = config.checkpoint.init_from
-    if source is not None:
-        model = load_vision_tokenizer(source)
-        if model.config != config.model:
-            raise InputError(f"checkpoint.init_from = {source!r}: its shape is not that of section model")
-        return model
-    torch.manual_seed(torch_generator(config.train.seed, "weights").initial_seed())
-    model = MoVQGAN(config.model)
-    if config.train.init == "near_identity":
-        near_identity(model)
-    return model

@@ -24,8 +24,8 @@ from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
+from tokenizer_train.vision.start import initial_tokenizer
 from tokenizer_train.vision.step import TrainStep
-from tokenizer_train.vision.trainer import initial_model
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
@@ -228,7 +228,7 @@ class RankMedia(TrainingMedia):
 
 
 def made(config: VisionTokenizerTrainingConfig, topology: Topology, **media: int) -> TrainStep:
-    model = initial_model(config).train()
+    model = initial_tokenizer(config).model.train()
     optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
     return TrainStep(config, model, optimizer, RankMedia(config, topology, **media), Replicas(topology))
 
