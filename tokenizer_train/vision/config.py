@@ -179,11 +179,11 @@ class VisionTrainConfig:
 
     recompute_min_side: int = 0
     """Frames of at least so many pixels squared keep only the inputs of the networks' blocks, whose insides are
-    computed again in the backward pass: a third more time, a fraction of the memory. 512 suits the full model on
-    80 GB; 0 never."""
+    computed again in the backward pass: a third more work for a fraction of the memory, for 512 and more; 0 never."""
 
     compile: bool = False
-    """Let torch.compile fuse the 2D networks; the first batch of each size then takes minutes."""
+    """Let torch.compile fuse the 2D networks; the first batch of each size then takes minutes. On a CPU with precision
+    fp32 only."""
 
     device: DeviceName = "auto"
     """Where to compute; auto takes a GPU where one is visible."""

@@ -12,12 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from megatron_ext.config import InputError
 from megatron_ext.vision import MoVQGAN
 from megatron_ext.vision.blocks import AttentionBlock, ResnetBlock
 
 
-def compile_networks(model: MoVQGAN) -> None:
-    """Let torch.compile fuse the 2D encoder and decoder; each size of frames is compiled when it first comes."""
+def compile_networks(model: MoVQGAN, precision: str) -> None:
+    """Let torch.compile fuse the 2D encoder and decoder; each size of frames is compiled when it first comes.
+
+    Raises:
+        InputError: bf16 on a CPU. There torch 2.13 compiles a backward pass in which most kernels of convolutions
+            get a gradient of exactly zero (backend inductor; aot_eager and fp32 are right).
+    """
+    if precision == "bf16" and next(model.parameters()).device.type == "cpu":
+        raise InputError(
+            "train.compile = true with train.precision = 'bf16' on a CPU: torch compiles wrong gradients there; set "
+            "train.compile to false, or train.precision to fp32"
+        )
     model.encoder.frames = torch.compile(model.encoder.frames)
     model.decoder.frames = torch.compile(model.decoder.frames)
 

@@ -101,7 +101,7 @@ class Trainer:
         if config.train.recompute_min_side:
             recompute_blocks(model, config.train.recompute_min_side)
         if config.train.compile:
-            compile_networks(model)
+            compile_networks(model, config.train.precision)
         optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
         train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
         # After the train step, which may give all ranks the weights of one.
@@ -217,8 +217,14 @@ class Trainer:
         for section in SHAPING_SECTIONS:
             for name, value in now[section].items():
                 found = before[section].get(name)
-                if found != value and name not in FREE_FIELDS.get(section, ()):
+                if found != value and name not in FREE_FIELDS.get(section, ()) and not self._is_length(section, name):
                     raise InputError(
                         f"{section}.{name} = {value!r}, but {folder} was made with {found!r}: "
                         "set it back, or choose another observe.run_dir"
                     )
+
+    def _is_length(self, section: str, name: str) -> bool:
+        """Whether this is the run's length, and no learning rate depends on it."""
+        schedules = [self.config.optim] + ([self.config.discriminator.optim] if self.config.loss.adversarial else [])
+        fixed = all(optim.lr_decay_style == "constant" or optim.lr_decay_steps is not None for optim in schedules)
+        return (section, name) == ("train", "train_steps") and fixed

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from megatron_ext.config import InputError, load
@@ -171,6 +172,16 @@ TRAININGS = {
     "plain": {},
     "accumulated": {"train.accumulation_steps": 2, "train.ema_decay": 0.9},
     "frozen": {"train.freeze_batch_norm_step": 1},
+    "adversarial": {
+        "train.accumulation_steps": 2,
+        "loss.adversarial": 0.5,
+        "loss.adversarial_start_step": 1,
+        "loss.adversarial_scale": "adaptive",
+        "discriminator.width": 8,
+        "discriminator.num_layers": 2,
+        "discriminator.optim.lr": 1e-6,
+        "discriminator.optim.clip_grad": 0,
+    },
 }
 STEPS = 4
 
@@ -190,7 +201,7 @@ def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrai
         "codebook.kmeans_batches": 2,
         "codebook.restart_interval": 2,
         "codebook.restart_until_step": 8,
-        "optim.lr": 1e-5,
+        "optim.lr": 1e-6,  # Adam turns rounding of small gradients into steps of this size
         "optim.min_lr": 0,
         "optim.lr_warmup_steps": 0,
         "optim.clip_grad": 0,
@@ -248,12 +259,14 @@ def refusal_on_a_rank(topology: Topology) -> str:
 def training_on_a_rank(topology: Topology, name: str) -> list[dict[str, Any]]:
     """Metrics, gradients and running statistics of every step."""
     train_step = made(configured(name), topology)
-    model = train_step.model
+    networks = nn.ModuleDict({"model": train_step.model})
+    if train_step.adversary is not None:
+        networks["adversary"] = train_step.adversary.network
     history = []
     for step in range(1, STEPS + 1):
         line = train_step.run(step)
-        gradients = {key: weight.grad.clone() for key, weight in model.named_parameters() if weight.grad is not None}
-        statistics = {key: buffer.clone() for key, buffer in model.named_buffers()}
+        gradients = {key: weight.grad.clone() for key, weight in networks.named_parameters() if weight.grad is not None}
+        statistics = {key: buffer.clone() for key, buffer in networks.named_buffers()}
         history.append({"line": line, "gradients": gradients, "statistics": statistics})
     return history
 
@@ -274,9 +287,41 @@ def test_two_ranks_train_as_one(walked, alone, name):
             for part in ("gradients", "statistics"):
                 assert mine[part].keys() == expected[part].keys()
                 for key, value in expected[part].items():
-                    # Measured: losses 5e-7, gradients 1.2e-5 of at most 2, statistics 1e-5 after 4 steps.
+                    # Measured: 6.1e-6 (tokenizer), 3.5e-7 (discriminator); statistics 8.7e-7; losses 5e-7 of 2.
                     error = (mine[part][key] - value).abs().max() / value.abs().max().clamp(min=1)
                     assert error < 1e-5, (step, part, key, error)
+
+
+def test_accumulated_gradients_are_those_of_the_joined_batch():
+    """With frozen batch norms; with live ones they are not, by definition."""
+    config = configured("accumulated")
+    config = replace(config, media=replace(config.media, clip_share=0.0))
+    gaps = []
+    for frozen_after in (0, 1):
+        with Topology.start(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig()) as topology:
+            train = replace(config.train, freeze_batch_norm_step=frozen_after)
+            train_step = made(replace(config, train=train), topology)
+            train_step.run(1)
+            if frozen_after:
+                train_step.run(2)  # freezes, and places the codes
+            batches = [train_step.media.batch(4, index) for index in (0, 1)]
+            train_step.optimizer.zero_grad()
+            found = [train_step._pass(4, index) for index in (0, 1)]
+            gradients = {name: weight.grad for name, weight in train_step.model.named_parameters()}
+            model = train_step.model
+            model.zero_grad(set_to_none=True)
+            pixels = torch.cat(batches)
+            latents = model.latents(pixels)
+            vectors = model.quantize.lookup(torch.cat([part.codes_Bthw for part in found]))
+            drawn = model.render_first_frame(latents + (vectors - latents).detach())
+            loss = F.l1_loss(drawn, pixels) + F.mse_loss(drawn, pixels)
+            for dim in (2, 3):
+                loss = loss + 0.5 * F.l1_loss(drawn.diff(dim=dim), pixels.diff(dim=dim))
+            loss = loss + F.mse_loss(vectors, latents.detach()) + 0.25 * F.mse_loss(latents, vectors.detach())
+            loss.backward()
+            gaps.append(max((gradients[name] - w.grad).abs().max().item() for name, w in model.named_parameters()))
+    # Measured: 9.5e-7 and 0.37, of gradients up to 2.
+    assert gaps[1] < 1e-5 and gaps[0] > 0.1
 
 
 def test_a_batch_of_one_rank_that_is_not_finite_stops_all(walked):
@@ -292,8 +337,7 @@ def test_two_ranks_take_up_the_run_of_one(walked, stopped):
         assert own.keys() == other.keys()
         for key, value in other.items():
             if key != "timing":
-                assert own[key] == pytest.approx(value, rel=1e-4), (own["step"], key)
+                assert own[key] == pytest.approx(value, rel=1e-5), (own["step"], key)
     mine, expected = (load_vision_tokenizer(stopped / name / "tokenizer").state_dict() for name in ("two", "alone"))
     worst = max((mine[name].float() - tensor.float()).abs().max().item() for name, tensor in expected.items())
-    print(worst)
-    assert worst < 1e-4
+    assert worst < 1e-5  # measured: 2.4e-7

@@ -107,6 +107,15 @@ def test_run_stops_where_it_is_told_to(whole, tmp_path, capsys):
         train.main(arguments(tmp_path, train__ema_decay=0.5))
 
 
+def test_run_can_be_made_longer_where_no_learning_rate_depends_on_its_length(tmp_path):
+    fixed = {"optim__lr_decay_steps": 30, "train__accumulation_steps": 1}
+    train.main(arguments(tmp_path, train__train_steps=3, **fixed))
+    train.main(arguments(tmp_path, train__train_steps=5, **fixed))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 4, 5, 5]
+    with pytest.raises(InputError, match=r"optim.lr_decay_steps = None, but"):
+        train.main(arguments(tmp_path, train__train_steps=5, train__accumulation_steps=1))
+
+
 def test_tensorboard_has_scalars_and_reconstructions(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -129,6 +138,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
     [
         ({"train__accumulation_steps": 0}, "train.accumulation_steps = 0: must be positive"),
         ({"train__ema_decay": 1.0}, "train.ema_decay = 1.0: must be at least 0 and below 1"),
+        ({"train__compile": "true", "train__device": "cpu"}, "train.compile = true with train.precision = 'bf16'"),
         ({"optim__lr_warmup_steps": 40}, "optim.lr_warmup_steps 40 is not below"),
     ],
 )
