@@ -246,11 +246,12 @@ def made(config: VisionTokenizerTrainingConfig, topology: Topology, **media: int
 
 def refusal_on_a_rank(topology: Topology) -> str:
     """What a rank says when the batch of rank 1 is spoilt."""
-    train_step = made(configured("plain"), topology, spoilt_from=2)
-    train_step.run(1)
+    train_step = made(configured("plain"), topology, spoilt_from=4)
+    for step in (1, 2, 3):
+        train_step.run(step)
     before = copy.deepcopy(train_step.optimizer.state_dict())
     with pytest.raises(InputError) as refused:
-        train_step.run(2)
+        train_step.run(4)
     after = train_step.optimizer.state_dict()
     assert all(torch.equal(after["state"][0][name], value) for name, value in before["state"][0].items())
     return str(refused.value)
@@ -283,7 +284,7 @@ def test_two_ranks_train_as_one(walked, alone, name):
     for rank in walked:
         for mine, expected in zip(rank["trainings"][name], alone[name], strict=True):
             step = expected["line"]["step"]
-            assert mine["line"] == pytest.approx(expected["line"], rel=1e-5), step
+            assert mine["line"] == pytest.approx(expected["line"], rel=1e-5, abs=1e-6), step
             for part in ("gradients", "statistics"):
                 assert mine[part].keys() == expected[part].keys()
                 for key, value in expected[part].items():
@@ -326,7 +327,7 @@ def test_accumulated_gradients_are_those_of_the_joined_batch():
 
 def test_a_batch_of_one_rank_that_is_not_finite_stops_all(walked):
     assert [rank["refusal"] for rank in walked] == [walked[0]["refusal"]] * 2
-    assert "step 2 has grad_norm nan" in walked[0]["refusal"]
+    assert "step 4 has grad_norm nan" in walked[0]["refusal"]
 
 
 def test_two_ranks_take_up_the_run_of_one(walked, stopped):
@@ -336,8 +337,10 @@ def test_two_ranks_take_up_the_run_of_one(walked, stopped):
     for own, other in zip(mine, expected, strict=True):
         assert own.keys() == other.keys()
         for key, value in other.items():
+            # Evaluation rounds pixels to 8 bits: one that falls to the other side moves PSNR. Measured: 1.2e-5.
+            bound = 1e-4 if key.startswith("valid_psnr") else 1e-5
             if key != "timing":
-                assert own[key] == pytest.approx(value, rel=1e-5), (own["step"], key)
+                assert own[key] == pytest.approx(value, rel=bound), (own["step"], key)
     mine, expected = (load_vision_tokenizer(stopped / name / "tokenizer").state_dict() for name in ("two", "alone"))
     worst = max((mine[name].float() - tensor.float()).abs().max().item() for name, tensor in expected.items())
     assert worst < 1e-5  # measured: 2.4e-7
