@@ -97,8 +97,8 @@ class SharedRows:
         largest = self.peers.total(rows_ND.abs().amax().nan_to_num(nan=torch.inf).float()) * self.count
         if not largest < LARGEST_SUM:
             raise InputError(
-                f"{self.count} latents add up to {largest.item():.2g}, the training has diverged: lower the learning "
-                "rate, or clip the gradients (optim.clip_grad)"
+                f"{self.count} latents add up to {largest.item():.2g}: the training has diverged; lower the learning "
+                "rate, clip the gradients (optim.clip_grad), or look at the media"
             )
         whole_KD = torch.zeros(num_codes, rows_ND.shape[1], dtype=torch.int64, device=rows_ND.device)
         whole_KD.index_add_(0, codes_N, (rows_ND * 2.0**FRACTION_BITS).round().long())
