@@ -295,7 +295,8 @@ class VisionTokenizerTrainingConfig:
     """Length, seed and precision."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save; init_from is the folder of a vision tokenizer."""
+    """When to save; init_from is the folder of a vision tokenizer, or the file of a 2D MoVQGAN in SBER's layout, and
+    must stay there until the run has ended."""
 
     def __post_init__(self) -> None:
         self._check_quantizer()

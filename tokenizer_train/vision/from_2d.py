@@ -47,6 +47,8 @@ IGNORED = ("loss.", "ema_")
 
 PARKING_RADIUS = 4.0
 
+SUFFIXES_2D = (".ckpt", ".pt", ".pth", ".safetensors")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
@@ -62,7 +64,7 @@ class Start:
 
 
 def tokenizer_from_2d(path: str | Path, config: VisionTokenizerConfig, *, signal_bits: int = SIGNAL_BITS) -> Start:
-    """A tokenizer of shape `config` that begins as the 2D model in the file `path` (.ckpt, .pt or .safetensors).
+    """A tokenizer of shape `config` that begins as the 2D model in the file `path`, see `SUFFIXES_2D`.
 
     What is random in it, kernels behind a zero and the new codes' directions, comes from torch's global generator.
 

@@ -8,7 +8,7 @@ from megatron_ext.config import InputError
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import torch_generator
-from tokenizer_train.vision.from_2d import Start, tokenizer_from_2d
+from tokenizer_train.vision.from_2d import SUFFIXES_2D, Start, tokenizer_from_2d
 from tokenizer_train.vision.initialize import near_identity
 
 
@@ -25,7 +25,7 @@ def initial_tokenizer(config: VisionTokenizerTrainingConfig) -> Start:
         if config.train.init == "near_identity":
             near_identity(model)
         return Start(model=model, units={})
-    if Path(source).is_file():
+    if Path(source).is_file() or Path(source).suffix in SUFFIXES_2D:
         return _from_2d(source, config)
     model = load_vision_tokenizer(source)
     if model.config != config.model:

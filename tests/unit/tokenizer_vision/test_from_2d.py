@@ -209,6 +209,8 @@ def test_training_begins_as_the_2d_model_and_takes_up_new_codes(weights, checkpo
     arguments.append("--codebook.kmeans_batches=0")
     with pytest.raises(InputError, match="codebook.restart_until_step = 0: the 192 codes"):
         train.main(arguments)
+    with pytest.raises(InputError, match="absent.ckpt': not readable"):
+        train.main([*arguments, "--checkpoint.init_from=absent.ckpt"])
     train.main([*arguments, "--codebook.restart_interval=2", "--codebook.restart_until_step=2"])
     lines = [line for line in read_json_lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
     picture = torch.tensor([200.0, 90, 30]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
