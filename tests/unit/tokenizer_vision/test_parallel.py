@@ -199,6 +199,7 @@ def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrai
         "model.attn_resolutions": "[]",
         "codebook.start_step": 1,
         "codebook.kmeans_batches": 2,
+        "codebook.kmeans_iterations": 0,  # a rounding that moves one latent to another centre grows in every round
         "codebook.restart_interval": 2,
         "codebook.restart_until_step": 8,
         "optim.lr": 1e-6,  # Adam turns rounding of small gradients into steps of this size
