@@ -13,6 +13,7 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.hf.contents import Contents, Source
+from megatron_ext.hf.vision import check_quantizer
 from megatron_ext.vocab import VocabLayout, Vocabulary
 
 DECODER_CODE = (
@@ -54,6 +55,7 @@ def baai_contents(
     files["generation_config.json"] = {"_from_model_config": True, **roles, "transformers_version": CODE_VERSION}
     vision_files: dict[str, bytes | dict[str, Any]] | None = None
     if source.vision is not None:
+        check_quantizer(source.vision.config)
         vision_files = {
             "config.json": _vision_config(with_code=with_code),
             "preprocessor_config.json": _preprocessor(source.vision.config.spatial_factor, with_code=with_code),

@@ -53,12 +53,23 @@ _SAME_FIELDS = (
 _RENAMED_FIELDS = {"z_channels": "latent_channels", "ch": "base_channels", "ch_mult": "channel_multiplier"}
 
 
+def check_quantizer(config: VisionTokenizerConfig) -> None:
+    """Raises InputError where Emu3's published classes would choose other codes for the same weights."""
+    if config.quantizer != "nearest":
+        raise InputError(
+            f"quantizer = {config.quantizer!r}: Emu3's published classes choose the nearest code, so such a vision "
+            "tokenizer cannot be exported in their layout"
+        )
+
+
 def vq_config(config: VisionTokenizerConfig) -> dict[str, Any]:
     """Keyword arguments of transformers' Emu3VQVAEConfig.
 
     Raises:
-        InputError: attention at a stage of another width than the last; transformers builds all with one width.
+        InputError: another quantizer than Emu3's, which transformers does not have; attention at a stage of another
+            width than the last, as transformers builds all with one width.
     """
+    check_quantizer(config)
     hidden_size = config.widths[-1]
     for stage in config.attn_resolutions:
         if config.widths[stage] != hidden_size:

@@ -82,6 +82,12 @@ class Run:
         for writer in self._writers:
             writer.write(metrics)
 
+    def log_picture(self, name: str, path: Path, *, step: int) -> None:
+        """Show the picture file at `path` under `name` in TensorBoard."""
+        for writer in self._writers:
+            if isinstance(writer, TensorBoard):
+                writer.write_picture(name, path, step)
+
     def log_event(self, kind: str, **fields: Any) -> None:
         """One line of events.jsonl: what happened and when (seconds since 1970)."""
         if self._events is not None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 
 CONSOLE_LABELS = {
@@ -67,13 +69,21 @@ class TensorBoard:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
+        for name, value in _flat(record).items():
+            if name != "step" and isinstance(value, int | float):
+                self._opened().add_scalar(name, value, record["step"])
+
+    def write_picture(self, name: str, path: Path, step: int) -> None:
+        """Log the picture file at `path`."""
+        with Image.open(path) as picture:
+            self._opened().add_image(name, np.asarray(picture.convert("RGB")), step, dataformats="HWC")
+
+    def _opened(self) -> Any:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter  # 2 s of import: only where it is wanted
 
             self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step, flush_secs=10)
-        for name, value in _flat(record).items():
-            if name != "step" and isinstance(value, int | float):
-                self._writer.add_scalar(name, value, record["step"])
+        return self._writer
 
     def close(self) -> None:
         """Flush and close the event file."""

@@ -5,8 +5,8 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
-from megatron_ext.config.train import TrainConfig
 from megatron_ext.resilience.signals import StopRequest
 from megatron_ext.runtime import Topology
 
@@ -14,10 +14,22 @@ STOP_FILE = "stop"
 """`touch RUN_DIR/stop` asks a run to save and stop; the run removes it."""
 
 
+class Limits(Protocol):
+    """When a start ends although nobody asks."""
+
+    @property
+    def exit_interval(self) -> int | None:
+        """A step divisible by this is the start's last."""
+
+    @property
+    def exit_duration(self) -> float | None:
+        """Minutes after which the start ends."""
+
+
 class Stopping:
     """Judges after every step whether the run ends there."""
 
-    def __init__(self, train: TrainConfig, run_folder: Path, topology: Topology, signals: StopRequest) -> None:
+    def __init__(self, train: Limits, run_folder: Path, topology: Topology, signals: StopRequest) -> None:
         self._train = train
         self._file = run_folder / STOP_FILE
         self._topology = topology
@@ -26,7 +38,7 @@ class Stopping:
 
     @classmethod
     @contextlib.contextmanager
-    def watch(cls, train: TrainConfig, run_folder: Path, topology: Topology) -> Iterator["Stopping"]:
+    def watch(cls, train: Limits, run_folder: Path, topology: Topology) -> Iterator["Stopping"]:
         """Listen for SIGTERM and Ctrl-C while open."""
         with StopRequest.on_signals(signal.SIGTERM, signal.SIGINT) as signals:
             yield cls(train, run_folder, topology, signals)

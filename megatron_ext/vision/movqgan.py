@@ -9,6 +9,7 @@ Source: github.com/baaivision/Emu3 emu3/tokenizer/modeling_emu3visionvq.py, cite
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ from megatron_ext.vision.blocks import (
     TemporalUpsample,
     Upsample,
 )
-from megatron_ext.vision.quantizer import VectorQuantizer
+from megatron_ext.vision.quantizer import QuantizerName, build_quantizer
 
 PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": "bicubic", "clips": "chunks"}
 """What turns a picture of any size into the network's input and a clip into calls: part of a tokenizer's identity."""
@@ -44,6 +45,9 @@ class VisionTokenizerConfig:
 
     embed_dim: int = 4
     """Numbers in a codebook vector."""
+
+    quantizer: QuantizerName = "nearest"
+    """How a latent becomes a code: nearest is Emu3's nearest neighbour, ibq Emu3.5's largest inner product."""
 
     z_channels: int = 4
     """Channels of the latent map; equal to embed_dim, because the decoder's temporal layers take both maps."""
@@ -80,6 +84,13 @@ class VisionTokenizerConfig:
         stages = len(self.ch_mult)
         if not stages or any(not 0 <= stage < stages for stage in self.attn_resolutions):
             raise InputError(f"attn_resolutions = {self.attn_resolutions}: must be stage indices below {stages}")
+
+    def fields(self) -> dict[str, Any]:
+        """What files and identities hold: BAAI's fields, and the quantizer where it is not theirs."""
+        fields = as_dict(self)
+        if self.quantizer == "nearest":
+            del fields["quantizer"]
+        return fields
 
     @property
     def spatial_factor(self) -> int:
@@ -208,7 +219,7 @@ class MoVQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.quantize = VectorQuantizer(config.codebook_size, config.embed_dim)
+        self.quantize = build_quantizer(config.quantizer, config.codebook_size, config.embed_dim)
         self.quant_conv = CausalConv3d(config.z_channels, config.embed_dim, (3, 1, 1))
         self.post_quant_conv = CausalConv3d(config.embed_dim, config.z_channels, (3, 1, 1))
         for module in self.modules():
@@ -222,7 +233,7 @@ class MoVQGAN(nn.Module):
         Equal identities give equal codes for equal pixels; datasets of different ones must not be blended.
         """
         digest = hashlib.sha256()
-        digest.update(json.dumps([as_dict(self.config), PREPROCESSING], sort_keys=True).encode())
+        digest.update(json.dumps([self.config.fields(), PREPROCESSING], sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -258,7 +269,7 @@ class MoVQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes, int64: pictures [B, C, H, W] -> [B, h, w]; clips [B, T, C, H, W] -> [B, t, h, w]."""
-        codes_Bthw = self.quantize.nearest(self.latents(pixels))
+        codes_Bthw = self.quantize.assign(self.latents(pixels))
         return codes_Bthw.squeeze(1) if pixels.ndim == 4 else codes_Bthw
 
     @torch.no_grad()

@@ -8,18 +8,20 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.config import InputError, as_dict
+from megatron_ext.config import InputError
 from megatron_ext.vision.movqgan import MoVQGAN, VisionTokenizerConfig
 
-MODEL_TYPE = "Emu3VisionVQ"
+MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
+"""By quantizer. Another name than BAAI's where its class would choose other codes for the same weights."""
 
 
 def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
     """Write config.json and model.safetensors into `folder`, each under a temporary name first."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    fields = {"model_type": MODEL_TYPE, "architectures": ["Emu3VisionVQModel"], "double_z": False, "dropout": 0.0}
-    fields |= as_dict(model.config)
+    model_type = MODEL_TYPES[model.config.quantizer]
+    fields = {"model_type": model_type, "architectures": [f"{model_type}Model"], "double_z": False, "dropout": 0.0}
+    fields |= model.config.fields()
     temporary = folder / "config.json.tmp"
     temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     weights = folder / "model.safetensors.tmp"
@@ -53,8 +55,11 @@ def _read_config(path: Path) -> VisionTokenizerConfig:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
-    if fields.get("model_type") != MODEL_TYPE or fields.get("double_z"):
-        raise InputError(f"{path}: model_type {fields.get('model_type')!r} must be {MODEL_TYPE!r} without double_z")
+    expected = MODEL_TYPES.get(fields.get("quantizer", "nearest"))
+    if expected is None:
+        raise InputError(f"{path}: quantizer {fields['quantizer']!r} must be one of {', '.join(MODEL_TYPES)}")
+    if fields.get("model_type") != expected or fields.get("double_z"):
+        raise InputError(f"{path}: model_type {fields.get('model_type')!r} must be {expected!r} without double_z")
     known = {field.name for field in dataclasses.fields(VisionTokenizerConfig)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
     return VisionTokenizerConfig(**values)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from megatron_ext.config import load
 from megatron_ext.config.run import RunConfig
@@ -28,12 +29,14 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def torchrun(*arguments: str, own_files: Path | None = None) -> list[str]:
+def torchrun(
+    *arguments: str, own_files: Path | None = None, start: tuple[str, ...] = ("pretrain_emu3.py",)
+) -> list[str]:
     """What two ranks of the program print on stderr; with `own_files`, rank R gets `--config own_files/R.yaml`.
 
     Fails when they do not end, with an exit code other than 0, within DEADLINE_S of the first error line.
     """
-    program = [sys.executable, "pretrain_emu3.py", *arguments]
+    program = [sys.executable, *start, *arguments]
     if own_files is not None:
         program = ["bash", "-c", f'exec "$@" --config {own_files}/$RANK.yaml', "bash", *program]
     process = subprocess.Popen(
@@ -100,3 +103,22 @@ def test_a_fault_that_rank_1_sees_while_it_trains(workplace):
     check_told_once(lines, "damaged.bin holds id 1000000", f"in document {document} (key/{document})")
     steps = (workplace / "late" / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 3 and not (workplace / "late" / "checkpoints" / "latest").exists()
+
+
+def test_a_picture_that_only_rank_1_cannot_read(tmp_path):
+    """The tokenizer's training: rank 0 waits in the batch norms' exchange."""
+    (tmp_path / "own").mkdir()
+    for rank in (0, 1):
+        folder = tmp_path / f"media{rank}"
+        folder.mkdir()
+        for number in range(4):
+            Image.new("RGB", (16, 16), (60 * number, 0, 0)).save(folder / f"{number}.png")
+        own = {"media": {"inputs": [str(folder)], "clip_share": 0.0, "size": 16}}
+        (tmp_path / "own" / f"{rank}.yaml").write_text(yaml.safe_dump(own))
+    damaged = tmp_path / "media1" / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])  # the header is whole
+    options = ["--config", "examples/movqgan_tiny_cpu.yaml", "--observe.run_dir", str(tmp_path / "run")]
+    options += ["--model.ch_mult", "[1,1]", "--model.attn_resolutions", "[]"]
+    lines = torchrun(*options, own_files=tmp_path / "own", start=("-m", "tokenizer_train.vision.train"))
+    check_told_once(lines, str(damaged), "media.max_bad_fraction 0.01")
+    assert not (tmp_path / "run" / "tokenizer").exists()

@@ -7,6 +7,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
+from megatron_ext.config.runtime import DeviceName
 from megatron_ext.vision import VisionTokenizerConfig
 
 
@@ -57,7 +58,8 @@ class MediaConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """Weights of the terms of the loss; each term is a mean over all its numbers."""
+    """Weights of the terms of the loss; each term is a mean over all its numbers, and its weight here is the one that
+    acts. Terms of weight 0 other than those of the pixels are not computed."""
 
     l1: float = 1.0
     """Absolute difference of the pixels."""
@@ -68,16 +70,70 @@ class LossConfig:
     gradient: float = 0.5
     """Absolute difference of the pixels' differences to their right and lower neighbours: keeps edges."""
 
+    lpips_vgg16: float = 0.0
+    """LPIPS (version 0.1, VGG16): squared distance of features, weighted as people judged."""
+
+    efficientnet_lite0: float = 0.0
+    """Squared distance of the features of EfficientNet-Lite0, which needs no file: LPIPS's formula without its learned
+    heads, not LPIPS. It orders distortions as LPIPS does (rank correlation 0.97) with numbers about 1.5 times as large.
+    """
+
+    perceptual_start_step: int = 0
+    """Steps before lpips_vgg16 and efficientnet_lite0 act."""
+
+    vgg16_weights: str | None = None
+    """File of VGG16 weights in torchvision's format (vgg16-397923af.pth); tokenizer_train.vision.fetch_vgg16 fetches
+    its convolutions."""
+
+    lpips_heads: str | None = None
+    """File of LPIPS's heads in the format of the lpips package (weights/v0.1/vgg.pth); fetched likewise."""
+
+    adversarial: float = 0.0
+    """Minus the discriminator's mean score of what was drawn (hinge GAN)."""
+
+    adversarial_start_step: int = 0
+    """Steps before adversarial acts; the discriminator may learn from an earlier step on."""
+
+    adversarial_scale: Literal["fixed", "adaptive"] = "fixed"
+    """What the weight of adversarial is multiplied with: 1, or the length of the reconstruction's gradient over that of
+    the adversarial one at the decoder's last kernel (VQGAN, Esser et al. 2021), of each micro-batch over all ranks."""
+
     codebook: float = 1.0
     """Squared distance that moves the codes to the latents."""
 
     commitment: float = 0.25
     """Squared distance that moves the latents to their codes."""
 
+    index_propagation: float = 0.0
+    """Squared distance of latents and codes through the softmax over all codes; model.quantizer ibq alone (Emu3.5: 1,
+    with commitment 1 and codebook 0.25)."""
+
+    entropy: float = 0.0
+    """Mean entropy of the softmax over all codes minus the entropy of its mean: sure choices, evenly used codes;
+    model.quantizer ibq alone (Emu3.5's weight is unpublished)."""
+
+    entropy_temperature: float = 0.01
+    """What the scores are divided by before that softmax (Emu3.5: 0.01)."""
+
+    def __post_init__(self) -> None:
+        if self.lpips_vgg16 and not (self.vgg16_weights and self.lpips_heads):
+            raise InputError(
+                f"loss.lpips_vgg16 = {self.lpips_vgg16}: needs loss.vgg16_weights and loss.lpips_heads; "
+                "python -m tokenizer_train.vision.fetch_vgg16 fetches both, loss.efficientnet_lite0 needs neither"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CodebookConfig:
     """What keeps the codebook from collapsing."""
+
+    update: Literal["gradient", "ema"] = "gradient"
+    """What moves the codes: the optimizer by loss.codebook, or moving averages of the latents that choose them (van den
+    Oord et al. 2017), for which loss.codebook must be 0."""
+
+    ema_decay: float = 0.99
+    """Share that a step keeps of a code's average and of its averaged number of latents, which is logged either way
+    as codes_perplexity_average."""
 
     start_step: int = 0
     """Steps without quantisation, as a plain autoencoder; then k-means places the codes."""
@@ -95,6 +151,10 @@ class CodebookConfig:
     restart_until_step: int = 0
     """Last step with restarts; late ones only add noise."""
 
+    def __post_init__(self) -> None:
+        if not 0 < self.ema_decay < 1:
+            raise InputError(f"codebook.ema_decay = {self.ema_decay}: must be between 0 and 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionTrainConfig:
@@ -103,11 +163,42 @@ class VisionTrainConfig:
     train_steps: int = 1000
     """Optimizer steps."""
 
+    accumulation_steps: int = 1
+    """Batches of media.batch_size (over all ranks) that a step sees, one after the other. Batch norms normalise over
+    one of them at a time: two batches of 4 are not one of 8 to them, unless they are frozen."""
+
     seed: int = 1234
     """Seed of initial weights, order of the media, crops, k-means and restarts."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """Type in which the networks compute; weights, quantiser and losses stay fp32."""
+
+    ema_decay: float = 0.0
+    """Share of the averaged weights that a step keeps (SBER's MoVQGAN: 0.9999); the average is evaluated and released.
+    0 releases the last weights."""
+
+    recompute_min_side: int = 0
+    """Frames of at least so many pixels squared keep only the inputs of the networks' blocks, whose insides are
+    computed again in the backward pass: a third more work for a fraction of the memory, for 512 and more; 0 never."""
+
+    compile: bool = False
+    """Let torch.compile fuse the 2D networks; the first batch of each size then takes minutes. On a CPU with precision
+    fp32 only."""
+
+    device: DeviceName = "auto"
+    """Where to compute; auto takes a GPU where one is visible."""
+
+    deterministic: bool = False
+    """Ask for bitwise repeatable kernels, and fail where there is none. A CPU is repeatable anyway."""
+
+    distributed_timeout_s: int = 600
+    """Seconds that ranks wait for each other, as at evaluations, which rank 0 does alone, before the run ends."""
+
+    exit_interval: int | None = None
+    """Save and stop after a step divisible by this; the next start of the same run goes on."""
+
+    exit_duration: float | None = None
+    """Minutes after the start at which to save and stop; the next start of the same run goes on."""
 
     init: Literal["near_identity", "emu3"] = "near_identity"
     """Initial weights: residual branches at zero and temporal layers that pass frames on, or those of Emu3's code."""
@@ -122,7 +213,57 @@ class VisionTrainConfig:
     """Pictures, and clips, evaluated at most."""
 
     num_threads: int = 0
-    """CPU threads; 0 takes all cores this process may use."""
+    """CPU threads per rank; 0 shares the cores that this process may use evenly among the machine's ranks."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_steps", "accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"train.{name} = {getattr(self, name)}: must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionOptimConfig(OptimConfig):
+    """AdamW, clipping and the learning-rate schedule."""
+
+    clip_grad_value: float = 0.0
+    """Largest absolute value of a gradient's numbers (SBER's MoVQGAN: 1.0), after clip_grad; 0 turns it off."""
+
+
+def _discriminator_optim() -> VisionOptimConfig:
+    return VisionOptimConfig(lr=1e-4, adam_beta1=0.5, adam_beta2=0.9, weight_decay=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorConfig:
+    """The PatchGANs of pictures and of clips, which are there where loss.adversarial is not 0."""
+
+    start_step: int = 0
+    """Steps before the discriminator learns; not after loss.adversarial_start_step."""
+
+    width: int = 64
+    """Channels of its first layer; every further layer has twice as many, up to 8 times."""
+
+    num_layers: int = 3
+    """Layers that halve the grid. A score sees 34 pixels a side with 2 of them, 70 with 3."""
+
+    norm: Literal["batch", "group"] = "batch"
+    """Norms between its layers: over the batch of all ranks, as published PatchGANs have, or within each picture, which
+    gradient accumulation and small batches do not change."""
+
+    redraw: bool = False
+    """Let the discriminator learn from what the tokenizer draws after its own step of the same batch, as a trainer with
+    two optimizers in turn does (Lightning 1), at the price of another forward pass; else from what it drew before."""
+
+    optim: VisionOptimConfig = field(default_factory=_discriminator_optim)
+    """AdamW, clipping and the learning-rate schedule, which counts the discriminator's own steps. Rate and decays of
+    the moments are by default those of SBER's MoVQGAN."""
+
+    def __post_init__(self) -> None:
+        for name in ("width", "num_layers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"discriminator.{name} = {getattr(self, name)}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,19 +282,24 @@ class VisionTokenizerTrainingConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     """Weights of the loss."""
 
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The networks of the adversarial loss and their optimizer."""
+
     codebook: CodebookConfig = field(default_factory=CodebookConfig)
     """What keeps the codebook from collapsing."""
 
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: VisionOptimConfig = field(default_factory=VisionOptimConfig)
     """AdamW, clipping and the learning-rate schedule."""
 
     train: VisionTrainConfig = field(default_factory=VisionTrainConfig)
     """Length, seed and precision."""
 
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save; init_from is the folder of a vision tokenizer."""
+    """When to save; init_from is the folder of a vision tokenizer, or the file of a 2D MoVQGAN in SBER's layout, and
+    must stay there until the run has ended."""
 
     def __post_init__(self) -> None:
+        self._check_quantizer()
         if self.media.size % self.model.spatial_factor:
             raise InputError(
                 f"media.size = {self.media.size}: must be a multiple of the spatial factor {self.model.spatial_factor}"
@@ -163,5 +309,31 @@ class VisionTokenizerTrainingConfig:
                 f"media.batch_size = {self.media.batch_size}: must hold the {self.model.temporal_downsample_factor} "
                 "frames of one chunk when media.clip_share is not 0"
             )
-        if self.train.train_steps < 1:
-            raise InputError(f"train.train_steps = {self.train.train_steps}: must be positive")
+        if self.loss.adversarial and not (
+            self.discriminator.start_step <= self.loss.adversarial_start_step < self.train.train_steps
+        ):
+            raise InputError(
+                f"loss.adversarial_start_step = {self.loss.adversarial_start_step}: must be at least "
+                f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
+                f"{self.train.train_steps}"
+            )
+
+    def _check_quantizer(self) -> None:
+        loss, codebook = self.loss, self.codebook
+        if self.model.quantizer == "ibq":
+            wrong = {
+                "update": codebook.update != "gradient",
+                "kmeans_batches": codebook.kmeans_batches > 0,
+                "restart_until_step": codebook.restart_until_step > 0,
+            }
+            for name in (name for name, is_wrong in wrong.items() if is_wrong):
+                raise InputError(
+                    f"codebook.{name} = {getattr(codebook, name)!r}: is for model.quantizer nearest; every code of an "
+                    f"ibq has a gradient, so set {'gradient' if name == 'update' else 0}"
+                )
+            return
+        for name in ("index_propagation", "entropy"):
+            if getattr(loss, name):
+                raise InputError(f"loss.{name} = {getattr(loss, name)}: acts with model.quantizer ibq alone, set 0")
+        if codebook.update == "ema" and loss.codebook:
+            raise InputError(f"loss.codebook = {loss.codebook}: moves nothing with codebook.update ema, set 0")

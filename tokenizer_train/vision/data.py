@@ -21,13 +21,28 @@ from tokenizer_train.vision.config import MediaConfig
 class TrainingMedia:
     """The pictures and clips of a training, decoded when they are needed."""
 
-    def __init__(self, config: MediaConfig, *, seed: int, chunk_frames: int) -> None:
+    def __init__(
+        self,
+        config: MediaConfig,
+        *,
+        seed: int,
+        chunk_frames: int,
+        accumulation_steps: int = 1,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         """`chunk_frames` is the tokenizer's temporal factor: clips are seen in independent chunks of so many frames.
 
+        A step has `accumulation_steps` batches, of which this rank sees one of `ranks` equal parts.
+
         Raises:
-            InputError: there is nothing to train on.
+            InputError: there is nothing to train on, or a batch cannot be divided.
         """
         self.config = config
+        self._accumulation_steps, self._rank, self._ranks = accumulation_steps, rank, ranks
+        for size in {config.batch_size} | ({config.batch_size // chunk_frames} if config.clip_share else set()):
+            if size % ranks:
+                raise InputError(f"media.batch_size = {config.batch_size}: {ranks} ranks cannot share {size} samples")
         self._seed = seed
         self._chunk_frames = chunk_frames
         samples = list_samples(config.inputs)
@@ -41,15 +56,17 @@ class TrainingMedia:
             raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no picture; set it to 1")
         self._decoded = functools.lru_cache(maxsize=config.cached_samples)(self._decode)
 
-    def batch(self, step: int) -> Tensor:
-        """Pixels of step `step` (the first is 1): pictures [B, C, H, W], or chunks of clips [B, T, C, H, W]."""
+    def batch(self, step: int, accumulation_index: int = 0) -> Tensor:
+        """This rank's pixels of a batch of `step` (the first is 1): pictures [B, C, H, W], or chunks of clips
+        [B, T, C, H, W]."""
+        step = (step - 1) * self._accumulation_steps + accumulation_index + 1
         random = np.random.default_rng(np.frombuffer(derive_key(self._seed, "batch", step), dtype=np.uint32))
         if random.random() < self.config.clip_share:
             count = self.config.batch_size // self._chunk_frames
             frames = [self._random_chunk(position) for position in self._positions("clips", step, count)]
         else:
             frames = self._pictures_of(step, random)
-        return from_uint8(np.stack(frames))
+        return from_uint8(np.stack(np.array_split(frames, self._ranks)[self._rank]))
 
     def whole(self, sample: Sample) -> np.ndarray | None:
         """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.

@@ -1,33 +1,48 @@
-"""Losses of a vision tokenizer: functions of tensors.
+"""Losses of a vision tokenizer: functions of tensors, every one a mean over all its numbers.
 
-Shapes: ... any leading axes, C colour channels, H W pixels; B batch, D codebook vector size, T latent frames.
+Means of equal parts compose: the mean over ranks and micro-batches of a loss is the loss of the whole batch.
+
+Those between latents and codes are in quantize_loss.py.
+
+Shapes: ... any leading axes, C colour channels, H W pixels.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenizer_train.vision.config import LossConfig
 
+PERCEPTUAL_TERMS = ("lpips_vgg16", "efficientnet_lite0")
+QUANTIZER_TERMS = ("codebook", "commitment", "index_propagation", "entropy")
+TERMS = ("l1", "l2", "gradient", *PERCEPTUAL_TERMS, "adversarial", *QUANTIZER_TERMS)
+"""Names of all terms: fields of LossConfig, `loss_NAME` and `weight_NAME` in the metrics."""
 
-@dataclass(frozen=True, kw_only=True)
-class Quantized:
-    """Latents and the codes nearest to them."""
+ADAPTIVE_EPS = 1e-4
+ADAPTIVE_LIMIT = 1e4
 
-    latents_BDTHW: Tensor
-    """What the encoder says."""
 
-    codes_BTHW: Tensor
-    """Index of the nearest code."""
+def weights_at(config: LossConfig, step: int) -> dict[str, float]:
+    """The weight with which each term acts at `step` (the first is 1); 0 before a term's start."""
+    starts = dict.fromkeys(PERCEPTUAL_TERMS, config.perceptual_start_step)
+    starts["adversarial"] = config.adversarial_start_step
+    return {name: getattr(config, name) if step > starts.get(name, 0) else 0.0 for name in TERMS}
 
-    vectors_BDTHW: Tensor
-    """The codes' vectors."""
 
-    @property
-    def passed_through_BDTHW(self) -> Tensor:
-        """The vectors, with the latents' gradient (straight-through estimator, van den Oord et al. 2017)."""
-        return self.latents_BDTHW + (self.vectors_BDTHW - self.latents_BDTHW).detach()
+def weighted_sum(terms: Mapping[str, Tensor], weights: Mapping[str, float | Tensor]) -> Tensor:
+    """The terms times their weights, added; a term without a weight is an error (KeyError)."""
+    return sum(weights[name] * term for name, term in terms.items())
+
+
+def pixel_terms(pixels_CHW: Tensor, target_CHW: Tensor) -> dict[str, Tensor]:
+    """The terms that compare pixels."""
+    return {
+        "l1": F.l1_loss(pixels_CHW, target_CHW),
+        "l2": F.mse_loss(pixels_CHW, target_CHW),
+        "gradient": gradient_loss(pixels_CHW, target_CHW),
+    }
 
 
 def gradient_loss(pixels_CHW: Tensor, target_CHW: Tensor) -> Tensor:
@@ -36,17 +51,24 @@ def gradient_loss(pixels_CHW: Tensor, target_CHW: Tensor) -> Tensor:
     return error_CHW.diff(dim=-1).abs().mean() + error_CHW.diff(dim=-2).abs().mean()
 
 
-def tokenizer_loss(
-    pixels_CHW: Tensor, target_CHW: Tensor, quantized: Quantized | None, weights: LossConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum, and every unweighted term by name; without `quantized` only those of the pixels."""
-    terms = {
-        "l1": F.l1_loss(pixels_CHW, target_CHW),
-        "l2": F.mse_loss(pixels_CHW, target_CHW),
-        "gradient": gradient_loss(pixels_CHW, target_CHW),
-    }
-    if quantized is not None:
-        terms["codebook"] = F.mse_loss(quantized.vectors_BDTHW, quantized.latents_BDTHW.detach())
-        terms["commitment"] = F.mse_loss(quantized.latents_BDTHW, quantized.vectors_BDTHW.detach())
-    loss = sum(getattr(weights, name) * term for name, term in terms.items())
-    return loss, terms
+def adversarial_loss(drawn_scores: Tensor) -> Tensor:
+    """What the tokenizer wants of the discriminator's scores of what it drew: that they are high (hinge GAN)."""
+    return -drawn_scores.mean()
+
+
+def discriminator_loss(real_scores: Tensor, drawn_scores: Tensor) -> Tensor:
+    """Half of how far real patches score below 1 plus how far drawn ones score above -1 (Lim and Ye 2017).
+
+    The half is SBER's (movqgan/modules/losses/vqperceptual.py:19-24).
+    """
+    return 0.5 * (F.relu(1.0 - real_scores).mean() + F.relu(1.0 + drawn_scores).mean())
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+    """Ratio of two gradients' lengths: with it the adversarial loss pulls as hard as the reconstruction does.
+
+    Both are with respect to the decoder's last kernel (Esser et al. 2021, equation 7; epsilon and limit from
+    taming-transformers' taming/modules/losses/vqperceptual.py:calculate_adaptive_weight).
+    """
+    norms = torch.linalg.vector_norm(reconstruction_gradient), torch.linalg.vector_norm(adversarial_gradient)
+    return (norms[0] / (norms[1] + ADAPTIVE_EPS)).clamp(max=ADAPTIVE_LIMIT)

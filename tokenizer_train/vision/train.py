@@ -1,7 +1,11 @@
 """Train a vision tokenizer on pictures and clips.
 
-The run folder gets config.yaml, metrics.jsonl, checkpoints, reconstruction.png (original above reconstruction) and, at
-the end, tokenizer/ with config.json and model.safetensors. Started again, it goes on from the last checkpoint.
+python -m tokenizer_train.vision.train --config FILE [--section.field VALUE ...]
+torchrun --nproc-per-node N -m tokenizer_train.vision.train --config FILE
+
+The run folder gets config.yaml, metrics.jsonl, events.jsonl, tensorboard/, checkpoints, reconstruction.png (original
+above reconstruction) and, at the end, tokenizer/ with config.json and model.safetensors. Started again, also with
+another number of ranks, it goes on from the last checkpoint.
 """
 
 import signal
@@ -10,12 +14,13 @@ import sys
 import torch
 
 from megatron_ext.config import load, run_program, to_yaml
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.observe import Run
-from megatron_ext.resilience.signals import StopRequest
-from megatron_ext.runtime.device import choose_device, set_threads
-from megatron_ext.vision import load_vision_tokenizer, save_vision_tokenizer
-from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
+from megatron_ext.resilience import Stopping, StopRequest
+from megatron_ext.runtime import Topology
+from megatron_ext.runtime.faults import is_told_here
+from tokenizer_train.vision.config import VisionTokenizerTrainingConfig, VisionTrainConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.trainer import Trainer
 
@@ -25,50 +30,74 @@ TOKENIZER_FOLDER = "tokenizer"
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(VisionTokenizerTrainingConfig, argv, prog="tokenizer_train.vision.train")
-    runtime = RuntimeConfig(num_threads=config.train.num_threads)
-    device = choose_device(runtime, local_rank=0)
-    set_threads(runtime, device, local_world_size=1)
-    media = TrainingMedia(config.media, seed=config.train.seed, chunk_frames=config.model.temporal_downsample_factor)
+    stopped_by = train(config)
+    if stopped_by is not None:
+        sys.exit(128 + stopped_by)
+
+
+def train(config: VisionTokenizerTrainingConfig) -> signal.Signals | None:
+    """Train to the end, or as far as asked; the signal that ended it before its last step, if one did."""
     with (
-        StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as stop,
-        Run.open(config.observe, True, to_yaml(config), total_steps=config.train.train_steps) as run,
+        Topology.start(_runtime(config.train), ParallelConfig()) as topology,
+        StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as signals,
+        Run.open(
+            config.observe,
+            topology.is_main,
+            to_yaml(config),
+            total_steps=config.train.train_steps,
+            environment=topology.environment,
+        ) as run,
     ):
-        trainer = Trainer(config, media, run, device)
+        media = TrainingMedia(
+            config.media,
+            seed=config.train.seed,
+            chunk_frames=config.model.temporal_downsample_factor,
+            accumulation_steps=config.train.accumulation_steps,
+            rank=topology.data_parallel_rank,
+            ranks=topology.data_parallel_size,
+        )
+        trainer = Trainer(config, media, run, topology)
         trainer.resume()
-        _announce(trainer, run)
-        trainer.fit(lambda: stop.requested)
+        _announce(trainer)
+        reason = trainer.fit(Stopping(config.train, run.folder, topology, signals).reason)
         for line in media.bad.lines():
             run.console.print(line, markup=False, soft_wrap=True)
-        if trainer.step == config.train.train_steps:
-            _finish(trainer, run)
-    if trainer.step < config.train.train_steps:
-        number = signal.Signals[stop.signal_name]
-        print(f"{number.name}: saved at step {trainer.step}; start again to go on", flush=True)
-        sys.exit(128 + number)
+        if reason is None:
+            folder = run.folder / TOKENIZER_FOLDER
+            run.console.print(f"finished: {folder}, vision tokenizer {trainer.release(folder)}", soft_wrap=True)
+            return None
+        run.console.print(f"{reason}: saved at step {trainer.state.step}; start again to go on", soft_wrap=True)
+        if not topology.any(signals.requested):
+            return None
+        return signal.Signals[signals.signal_name or signal.SIGTERM.name]
 
 
-def _announce(trainer: Trainer, run: Run) -> None:
-    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-    where = f"resuming after step {trainer.step}" if trainer.step else "starting"
-    run.console.print(
+def _runtime(train: VisionTrainConfig) -> RuntimeConfig:
+    """Weights stay in 32 bits, whatever the networks compute in."""
+    return RuntimeConfig(
+        device=train.device,
+        deterministic=train.deterministic,
+        num_threads=train.num_threads,
+        distributed_timeout_s=train.distributed_timeout_s,
+    )
+
+
+def _announce(trainer: Trainer) -> None:
+    parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+    topology, step = trainer.topology, trainer.state.step
+    ranks = f"{topology.world_size} ranks, " if topology.world_size > 1 else ""
+    trainer.run.console.print(
         f"vision tokenizer of {parameters:,} parameters, {len(trainer.media.pictures)} pictures, "
-        f"{len(trainer.media.clips)} clips, {torch.get_num_threads()} threads on {trainer.device.type}: {where}",
+        f"{len(trainer.media.clips)} clips, {ranks}{torch.get_num_threads()} threads on {topology.device.type}: "
+        + (f"resuming after step {step}" if step else "starting"),
         soft_wrap=True,
     )
 
 
-def _finish(trainer: Trainer, run: Run) -> None:
-    """Leave the finished tokenizer in the run folder; a finished one of the same weights stays as it is."""
-    folder = run.folder / TOKENIZER_FOLDER
-    if not (folder / "model.safetensors").exists() or load_vision_tokenizer(folder).identity != trainer.model.identity:
-        save_vision_tokenizer(trainer.model, folder)
-    run.console.print(f"finished: {folder}, vision tokenizer {trainer.model.identity}", soft_wrap=True)
-
-
 def cli() -> None:
     """Entry of the console script."""
-    run_program(main)
+    run_program(main, tells=is_told_here)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    cli()

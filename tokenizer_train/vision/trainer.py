@@ -1,58 +1,117 @@
-"""One training of a vision tokenizer: step, evaluation, checkpoint, resume.
+"""One training of a vision tokenizer: its steps, evaluation, checkpoint, resume, on one rank or many.
 
-Shapes: B batch, T frames, C colour channels, H W pixels; D codebook vector size, t latent frames, h w code grid,
-N vectors, K codes.
+The state is the same on every rank, so a run may go on with another number of them; rank 0 writes it.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from megatron_ext.checkpoint.room import check_room
 from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
 from megatron_ext.config import InputError, as_dict
 from megatron_ext.observe import Run
-from megatron_ext.optim.schedule import learning_rate
-from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
+from megatron_ext.runtime import Topology
+from megatron_ext.runtime.device import peak_memory_bytes, synchronize
+from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
 from tokenizer_train.vision import evaluate
-from tokenizer_train.vision.codebook import kmeans, perplexity, restart_dead_codes
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
-from tokenizer_train.vision.data import TrainingMedia, torch_generator
-from tokenizer_train.vision.initialize import near_identity
-from tokenizer_train.vision.losses import Quantized, tokenizer_loss
+from tokenizer_train.vision.data import TrainingMedia
+from tokenizer_train.vision.ema import WeightAverage
+from tokenizer_train.vision.execution import compile_networks, recompute_blocks
+from tokenizer_train.vision.optimizer import NetworkOptimizer
+from tokenizer_train.vision.parallel import Replicas
+from tokenizer_train.vision.start import initial_tokenizer
+from tokenizer_train.vision.step import TrainStep
 
-SHAPING_SECTIONS = ("media", "model", "loss", "codebook", "optim", "train")
+SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "optim", "train")
 """Sections that a resume must find as they were; observe and checkpoint may change."""
 
+FREE_FIELDS = {
+    "train": {
+        "eval_interval", "eval_samples", "num_threads", "device", "deterministic", "distributed_timeout_s",
+        "recompute_min_side", "compile", "exit_interval", "exit_duration",
+    }
+}  # fmt: skip
+"""Fields of those sections that do not say what is computed."""
+
 STATE_FILE = "state.pt"
+GRID_FILE = "reconstruction.png"
+MOMENTS = 2
+"""Numbers that AdamW keeps for each weight."""
+
+
+@dataclass(kw_only=True)
+class TokenizerState:
+    """All that must survive a kill. Order of the media, crops and restarts are functions of the seed and the step."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    consumed_samples: int = 0
+    """Pictures and clips trained on, over all ranks."""
+
+    model: MoVQGAN
+    """Weights and running statistics."""
+
+    optimizer: NetworkOptimizer
+    """Moments of the tokenizer's weights."""
+
+    average: WeightAverage | None
+    """The averaged weights, where train.ema_decay asks for them."""
+
+    train_step: TrainStep
+    """What the steps themselves keep, such as which codes were in use."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data, the same on every rank."""
+        parts = {"model": self.model, "optimizer": self.optimizer, "train_step": self.train_step}
+        if self.average is not None:
+            parts["average"] = self.average
+        saved = {name: part.state_dict() for name, part in parts.items()}
+        return saved | {"step": self.step, "consumed_samples": self.consumed_samples}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.train_step.load_state_dict(state["train_step"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.step, self.consumed_samples = state["step"], state["consumed_samples"]
 
 
 class Trainer:
-    """What a training holds: the model, the optimizer, the step, and which codes were used since the last restart."""
+    """What a training holds, and the loop over its steps. Every rank has one and calls it with the others."""
 
     def __init__(
-        self, config: VisionTokenizerTrainingConfig, media: TrainingMedia, run: Run, device: torch.device
+        self, config: VisionTokenizerTrainingConfig, media: TrainingMedia, run: Run, topology: Topology
     ) -> None:
         self.config = config
         self.media = media
         self.run = run
-        self.step = 0
-        self.device = device
-        self.model = self._initial_model().to(device).train()
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=optim.lr,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            eps=optim.adam_eps,
-            weight_decay=optim.weight_decay,
-            fused=True,
+        self.topology = topology
+        start = initial_tokenizer(config)
+        model = start.model.to(topology.device).train()
+        if config.train.recompute_min_side:
+            recompute_blocks(model, config.train.recompute_min_side)
+        if config.train.compile:
+            compile_networks(model, config.train.precision)
+        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
+        train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
+        # After the train step, which may give all ranks the weights of one.
+        average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
+        self.state = TokenizerState(model=model, optimizer=optimizer, average=average, train_step=train_step)
+        root = Path(config.observe.run_dir) / "checkpoints"
+        self.store = CheckpointStore(
+            root, config.checkpoint.keep, from_main=topology.from_main, barrier=topology.barrier
         )
-        self.used_K = torch.zeros(config.model.codebook_size, dtype=torch.bool, device=device)
-        self.store = CheckpointStore(Path(config.observe.run_dir) / "checkpoints", keep=config.checkpoint.keep)
+        topology.from_main(lambda: check_room(root, self._checkpoint_bytes(), config.checkpoint.keep))
 
     def resume(self) -> None:
         """Take up the newest checkpoint of the run folder, if there is one.
@@ -60,157 +119,112 @@ class Trainer:
         Raises:
             InputError: it was made with another configuration.
         """
-        folder = self.store.latest()
-        if folder is not None:
-            metadata = read_metadata(folder)
-            self._check_same_configuration(metadata["config"], folder)
-            state = torch.load(folder / STATE_FILE, map_location=self.device, weights_only=True)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.used_K = state["used_K"]
-            self.step = metadata["step"]
-        self.run.truncate_after(self.step)
+        name = self.topology.from_main(lambda: (folder := self.store.latest()) and folder.name)
+        if name is not None:
+            folder = self.store.root / name
+            self._check_same_configuration(read_metadata(folder)["config"], folder)
+            state = torch.load(folder / STATE_FILE, map_location=self.topology.device, weights_only=True)
+            self.state.load_state_dict(state)
+        self.run.truncate_after(self.state.step)
 
-    def fit(self, stop_requested: Callable[[], bool]) -> None:
-        """Train to the last step, or until `stop_requested()`; either way the last step done is saved."""
-        total, interval = self.config.train.train_steps, self.config.checkpoint.save_interval
-        saved = self.step
-        while self.step < total and not stop_requested():
-            started = time.perf_counter()
-            line = self._train_step(self.step + 1)
-            self.step += 1
-            seconds = time.perf_counter() - started
-            tokens = line.pop("num_tokens")
-            self.run.log_metrics(line | {"timing": {"step_seconds": seconds, "tokens_per_second": tokens / seconds}})
-            if self.step % self.config.train.eval_interval == 0 or self.step == total:
+    def fit(self, stop_reason: Callable[[int], str | None]) -> str | None:
+        """Train to the last step, or until `stop_reason(steps done)` names one, which is returned; either way the last
+        step done is saved."""
+        state, train = self.state, self.config.train
+        saved, reason = state.step, None
+        while state.step < train.train_steps and reason is None:
+            self._train_step()
+            if state.step % train.eval_interval == 0 or state.step == train.train_steps:
                 self.evaluate()
-            if self.step % interval == 0:
+            if (reason := stop_reason(state.step)) is not None:
+                self.run.log_event("stop", step=state.step, reason=reason)
+            elif state.step % self.config.checkpoint.save_interval == 0:
                 self.save()
-                saved = self.step
-        if saved != self.step:
+                saved = state.step
+        if saved != state.step:
             self.save()
+        return reason if state.step < train.train_steps else None
 
-    def evaluate(self) -> list[evaluate.Reconstruction]:
-        """Log PSNR and use of the codebook on the training media, and refresh reconstruction.png."""
-        found = evaluate.reconstruct(self.model, self.media, self.config.train.eval_samples)
+    def evaluate(self) -> None:
+        """Log PSNR and use of the codebook on the training media, and draw reconstructions. Rank 0 does it alone."""
+        if not self.topology.is_main:
+            return
+        with self.released_weights():
+            found = evaluate.reconstruct(self.state.model, self.media, self.config.train.eval_samples)
         if found:
-            self.run.log_metrics({"step": self.step} | evaluate.metrics(found, self.config.model.codebook_size))
-            evaluate.save_grid(found, self.run.folder / "reconstruction.png")
-        return found
+            self.run.log_metrics({"step": self.state.step} | evaluate.metrics(found, self.config.model.codebook_size))
+            evaluate.save_grid(found, self.run.folder / GRID_FILE)
+            self.run.log_picture("reconstruction", self.run.folder / GRID_FILE, step=self.state.step)
 
     def save(self) -> None:
-        """A checkpoint of all that a resume needs."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "used_K": self.used_K}
-        metadata = {"config": as_dict(self.config)}
-        self.store.write(self.step, lambda folder: torch.save(state, folder / STATE_FILE), metadata)
-        self.run.log_event("save", step=self.step)
+        """A checkpoint of all that a resume needs.
 
-    def _initial_model(self) -> MoVQGAN:
-        source = self.config.checkpoint.init_from
-        if source is not None:
-            model = load_vision_tokenizer(source)
-            if model.config != self.config.model:
-                raise InputError(f"checkpoint.init_from = {source!r}: its shape is not that of section model")
-            return model
-        torch.manual_seed(torch_generator(self.config.train.seed, "weights").initial_seed())
-        model = MoVQGAN(self.config.model)
-        if self.config.train.init == "near_identity":
-            near_identity(model)
-        return model
+        Raises:
+            InputError: the disk does not take it.
+        """
+        metadata = {"config": as_dict(self.config), "consumed_samples": self.state.consumed_samples}
 
-    def _train_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; the metrics line without timing."""
-        codebook, optim, total = self.config.codebook, self.config.optim, self.config.train.train_steps
-        if step == codebook.start_step + 1 and codebook.kmeans_batches:
-            self._place_codes(step)
-        if 0 < self.config.train.freeze_batch_norm_step < step:
-            self._freeze_batch_norm()
-        rate = learning_rate(
-            step,
-            peak=optim.lr,
-            minimum=optim.min_lr,
-            warmup_steps=optim.lr_warmup_steps,
-            decay_steps=optim.lr_decay_steps or total,
-            style=optim.lr_decay_style,
-        )
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        pixels = self.media.batch(step).to(self.device)
-        loss, terms, quantized, latents_BDthw = self._forward(pixels, quantize=step > codebook.start_step)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        largest = optim.clip_grad or float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), largest, error_if_nonfinite=True)
-        self.optimizer.step()
-        line = {"step": step, "loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
-        line = {name: value.item() if isinstance(value, Tensor) else value for name, value in line.items()}
-        line |= {"grad_norm": grad_norm.item(), "learning_rate": rate}
-        line["num_tokens"] = latents_BDthw[:, 0].numel()
-        return line | (self._note_codes(step, quantized) if quantized else {})
+        def write(folder: Path) -> None:
+            self.topology.from_main(lambda: torch.save(self.state.state_dict(), folder / STATE_FILE))
 
-    def _forward(self, pixels: Tensor, *, quantize: bool) -> tuple[Tensor, dict[str, Tensor], Quantized | None, Tensor]:
-        """Loss, its terms, the quantised latents where quantisation has begun, and the latents."""
-        model = self.model
-        with self._autocast():
-            latents_BDthw = model.latents(pixels)
-        latents_BDthw = latents_BDthw.float()
-        quantized, drawn_from_BDthw = None, latents_BDthw
-        if quantize:
-            codes_Bthw = model.quantize.nearest(latents_BDthw)
-            vectors_BDthw = model.quantize.lookup(codes_Bthw)
-            quantized = Quantized(latents_BDTHW=latents_BDthw, codes_BTHW=codes_Bthw, vectors_BDTHW=vectors_BDthw)
-            drawn_from_BDthw = quantized.passed_through_BDTHW
-        with self._autocast():
-            render = model.render_first_frame if pixels.ndim == 4 else model.render
-            drawn = render(drawn_from_BDthw)
-        loss, terms = tokenizer_loss(drawn.float(), pixels, quantized, self.config.loss)
-        return loss, terms, quantized, latents_BDthw
+        started = time.perf_counter()
+        try:
+            self.store.write(self.state.step, write, metadata)
+        except OSError as error:  # raised on every rank
+            raise InputError(
+                f"step {self.state.step} could not be saved in {self.store.root} ({error}): make room or check "
+                "permissions, and start again; the run goes on from its last checkpoint"
+            ) from error
+        self.run.log_event("save", step=self.state.step, seconds=round(time.perf_counter() - started, 3))
 
-    def _note_codes(self, step: int, quantized: Quantized) -> dict[str, float]:
-        """Keep count of the codes in use, restart dead ones when it is time; metrics."""
-        codebook = self.config.codebook
-        counts_K = torch.bincount(quantized.codes_BTHW.flatten(), minlength=self.config.model.codebook_size)
-        self.used_K |= counts_K > 0
-        line = {"codes_perplexity": perplexity(counts_K)}
-        if codebook.restart_interval and step % codebook.restart_interval == 0:
-            line["codes_used"] = int(self.used_K.sum())
-            if step <= codebook.restart_until_step:
-                latents_ND = quantized.latents_BDTHW.detach().movedim(1, -1).flatten(0, -2)
-                generator = torch_generator(self.config.train.seed, "restart", step)
-                line["codes_restarted"] = restart_dead_codes(
-                    self.model.quantize.embedding, self.used_K, latents_ND, self.optimizer, generator
-                )
-            self.used_K.zero_()
-        return line
+    def released_weights(self) -> contextlib.AbstractContextManager[None]:
+        """While open, the model has the weights that are evaluated and released: averaged, where they are."""
+        return contextlib.nullcontext() if self.state.average is None else self.state.average.in_place()
 
-    @torch.no_grad()
-    def _place_codes(self, step: int) -> None:
-        """K-means over the latents of the coming batches."""
-        codebook = self.config.codebook
-        latents = []
-        for ahead in range(codebook.kmeans_batches):
-            with self._autocast():
-                latents_BDthw = self.model.latents(self.media.batch(step + ahead).to(self.device))
-            latents.append(latents_BDthw.float().movedim(1, -1).flatten(0, -2))
-        generator = torch_generator(self.config.train.seed, "kmeans")
-        weight_KD = self.model.quantize.embedding.weight
-        weight_KD.copy_(kmeans(torch.cat(latents), len(weight_KD), codebook.kmeans_iterations, generator))
+    def release(self, folder: Path) -> str:
+        """Leave the tokenizer in `folder`, on rank 0; one of the same weights stays as it is. Its identity."""
+        with self.released_weights():
+            identity = self.state.model.identity
+            there = (folder / "model.safetensors").exists()
+            if self.topology.is_main and not (there and load_vision_tokenizer(folder).identity == identity):
+                save_vision_tokenizer(self.state.model, folder)
+        return identity
 
-    def _freeze_batch_norm(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.eval()
+    def _train_step(self) -> None:
+        """One optimizer step and its line in the log."""
+        state = self.state
+        started = time.perf_counter()
+        line = state.train_step.run(state.step + 1)
+        state.step += 1
+        state.consumed_samples += line.pop("num_samples")
+        if state.average is not None:
+            state.average.update(state.step)
+        synchronize(self.topology.device)
+        seconds = time.perf_counter() - started
+        timing = {
+            "step_seconds": seconds,
+            "tokens_per_second": line.pop("num_tokens") / seconds,
+            "peak_memory_gib": peak_memory_bytes(self.topology.device) / 2**30,
+        }
+        self.run.log_metrics(line | {"consumed_samples": state.consumed_samples, "timing": timing})
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+    def _checkpoint_bytes(self) -> int:
+        copies = 1 + MOMENTS + (self.state.average is not None)
+        return copies * sum(tensor.nbytes for tensor in self.state.model.state_dict().values())
 
     def _check_same_configuration(self, before: dict[str, Any], folder: Path) -> None:
         now = as_dict(self.config)
         for section in SHAPING_SECTIONS:
             for name, value in now[section].items():
                 found = before[section].get(name)
-                if found != value:
+                if found != value and name not in FREE_FIELDS.get(section, ()) and not self._is_length(section, name):
                     raise InputError(
                         f"{section}.{name} = {value!r}, but {folder} was made with {found!r}: "
                         "set it back, or choose another observe.run_dir"
                     )
+
+    def _is_length(self, section: str, name: str) -> bool:
+        """Whether this is the run's length, and no learning rate depends on it."""
+        schedules = [self.config.optim] + ([self.config.discriminator.optim] if self.config.loss.adversarial else [])
+        fixed = all(optim.lr_decay_style == "constant" or optim.lr_decay_steps is not None for optim in schedules)
+        return (section, name) == ("train", "train_steps") and fixed

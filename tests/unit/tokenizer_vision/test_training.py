@@ -11,8 +11,9 @@ import torch
 from megatron_ext.config import InputError, load
 from megatron_ext.observe import read_json_lines
 from megatron_ext.vision import load_vision_tokenizer
-from tokenizer_train.vision import train, trainer
+from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
+from tokenizer_train.vision.step import TrainStep
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
@@ -60,7 +61,7 @@ def test_shipped_configuration_loads_and_suits_transformers():
 def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, monkeypatch, capsys):
     train.main([*arguments, f"--observe.run_dir={tmp_path / 'whole'}"])
     assert "finished" in capsys.readouterr().out
-    original = trainer.Trainer._train_step
+    original = TrainStep.run
 
     def interrupted(self, step):
         line = original(self, step)
@@ -68,13 +69,13 @@ def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, m
             os.kill(os.getpid(), signal.SIGTERM)
         return line
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", interrupted)
+    monkeypatch.setattr(TrainStep, "run", interrupted)
     with pytest.raises(SystemExit) as stop:
         train.main(arguments)
     assert stop.value.code == 128 + signal.SIGTERM
     assert "saved at step 6" in capsys.readouterr().out
     assert not (tmp_path / "run/tokenizer").exists()
-    monkeypatch.setattr(trainer.Trainer, "_train_step", original)
+    monkeypatch.setattr(TrainStep, "run", original)
     train.main(arguments)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     resumed, whole = (load_vision_tokenizer(tmp_path / name / "tokenizer") for name in ("run", "whole"))
@@ -84,17 +85,17 @@ def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, m
 
 
 def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkeypatch):
-    original = trainer.Trainer._train_step
+    original = TrainStep.run
 
     def killed(self, step):
         if step == 7:
             raise RuntimeError("power cut")
         return original(self, step)
 
-    monkeypatch.setattr(trainer.Trainer, "_train_step", killed)
+    monkeypatch.setattr(TrainStep, "run", killed)
     with pytest.raises(RuntimeError, match="power cut"):
         train.main(arguments)
-    monkeypatch.setattr(trainer.Trainer, "_train_step", original)
+    monkeypatch.setattr(TrainStep, "run", original)
     train.main(arguments)
     steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, 13))

@@ -91,9 +91,9 @@ def test_nearest_is_the_argmin_of_all_distances():
     z = torch.randn(2, 4, 3, 5, 7)
     codebook = model.quantize.embedding.weight
     distance = (z.movedim(1, -1).unsqueeze(-2) - codebook).square().sum(-1)
-    assert torch.equal(model.quantize.nearest(z), distance.argmin(-1))
+    assert torch.equal(model.quantize.assign(z), distance.argmin(-1))
     codes = torch.randint(0, 64, (2, 3, 5, 7))
-    assert torch.equal(model.quantize.nearest(model.quantize.lookup(codes)), codes)
+    assert torch.equal(model.quantize.assign(model.quantize.lookup(codes)), codes)
 
 
 def test_save_and_load_is_exact(tmp_path):
