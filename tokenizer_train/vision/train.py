@@ -28,7 +28,13 @@ def main(argv: list[str]) -> None:
     runtime = RuntimeConfig(num_threads=config.train.num_threads)
     device = choose_device(runtime, local_rank=0)
     set_threads(runtime, device, local_world_size=1)
-    media = TrainingMedia(config.media, seed=config.train.seed, chunk_frames=config.model.temporal_downsample_factor)
+    media = TrainingMedia(
+        config.media,
+        seed=config.train.seed,
+        chunk_frames=config.model.temporal_downsample_factor,
+        spatial_factor=config.model.spatial_factor,
+        device=device,
+    )
     with (
         StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as stop,
         Run.open(config.observe, True, to_yaml(config), total_steps=config.train.train_steps) as run,
