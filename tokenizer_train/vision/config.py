@@ -90,6 +90,10 @@ class MediaConfig:
                 f"media.input_weights has {len(self.input_weights)} numbers, media.inputs {len(self.inputs)}: "
                 "give one for each"
             )
+        if any(not weight >= 0 for weight in self.input_weights) or (
+            self.input_weights and not sum(self.input_weights)
+        ):
+            raise InputError(f"media.input_weights = {self.input_weights}: give numbers of at least 0, one above it")
         for name in ("size", "batch_size", "clip_max_frames", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"media.{name} = {getattr(self, name)}: must be positive")

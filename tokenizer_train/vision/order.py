@@ -9,6 +9,7 @@ ranks nor loaders nor a resume can change what is seen.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -101,7 +102,8 @@ class BatchOrder:
         sizes = [config.size, *config.larger_sizes]
         self._buckets = make_buckets(sizes, config.aspect_ratios, spatial_factor)
         cells, weights = [], []
-        for is_clip, share in ((False, 1 - config.clip_share), (True, config.clip_share)):
+        clip_share = Fraction(str(config.clip_share))  # str: 0.1 means one tenth, not its nearest double
+        for is_clip, share in ((False, 1 - clip_share), (True, clip_share)):
             if share > 0:
                 for cell, part in self._cells(is_clip):
                     cells.append(cell)
@@ -190,9 +192,9 @@ class BatchOrder:
             )
         return lengths
 
-    def _cells(self, is_clip: bool) -> list[tuple[Cell, float]]:
-        """The cells of a kind, each with its share of the kind's batches."""
-        samples = self.clips if is_clip else self.pictures
+    def _cells(self, is_clip: bool) -> list[tuple[Cell, Fraction]]:
+        """The cells of a kind, each with its share of the kind's batches: exact, so that small sets go round evenly."""
+        samples, kind = (self.clips, "clips") if is_clip else (self.pictures, "pictures")
         if not len(samples):
             raise self._nothing_of(is_clip)
         frames = self._frames if is_clip else 1
@@ -203,11 +205,12 @@ class BatchOrder:
         chosen = give_up_rare(self._buckets, chosen, batches)
         inputs = self._index.input_number[samples]
         # The weight of an input is shared out among its samples of this kind.
-        counts = np.bincount(inputs, minlength=len(self._config.inputs))
-        weights = np.array(self._config.input_weights or counts, dtype=float) * (counts > 0)
-        if not weights.sum() > 0 or (weights < 0).any():
-            raise InputError(f"media.input_weights = {self._config.input_weights}: give numbers above 0")
-        each = weights / weights.sum() / np.maximum(counts, 1)
+        counts = np.bincount(inputs, minlength=len(self._config.inputs)).tolist()
+        configured = [Fraction(str(weight)) for weight in self._config.input_weights or counts]
+        weights = [weight if count else Fraction(0) for weight, count in zip(configured, counts, strict=True)]
+        if not sum(weights):
+            raise InputError(f"media.input_weights = {self._config.input_weights}: give weight to an input with {kind}")
+        each = [weight / sum(weights) / max(count, 1) for weight, count in zip(weights, counts, strict=True)]
         found = []
         for number in np.unique(chosen):
             groups = [samples[(chosen == number) & (inputs == which)] for which in range(len(counts))]
@@ -216,7 +219,7 @@ class BatchOrder:
                 continue
             shares = [each[which] * len(groups[which]) for which in present]
             members = tuple(groups[which] for which in present)
-            seed = _seed(self._seed, "cell", "clips" if is_clip else "pictures", str(self._buckets[number]))
+            seed = _seed(self._seed, "cell", kind, str(self._buckets[number]))
             blend = Blend(_floored(shares), [len(group) for group in members], seed)
             cell = Cell(
                 is_clip=is_clip, bucket=self._buckets[number], batch=batches[number], members=members, blend=blend
@@ -233,9 +236,9 @@ class BatchOrder:
         return InputError(f"{where} hold no {kind}; set it to {other}")
 
 
-def _floored(weights: Sequence[float]) -> list[float]:
+def _floored(weights: Sequence[Fraction]) -> list[Fraction]:
     """Weights of which none is too small for a blend to give it a place."""
-    least = 2 * sum(weights) / MAX_PERIOD
+    least = 2 * sum(weights) / Fraction(MAX_PERIOD)
     return [max(weight, least) for weight in weights]
 
 

@@ -1,7 +1,7 @@
 """Which samples a batch holds and how they are cut: buckets, shares, epochs, draws."""
 
 from collections import Counter
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import InputError
+from megatron_ext.media.index import MediaIndex, MediaTable
 from tokenizer_train.vision.buckets import Bucket, assign, give_up_rare, make_buckets
 from tokenizer_train.vision.config import MediaConfig
 from tokenizer_train.vision.order import BatchOrder
@@ -16,14 +17,19 @@ from tokenizer_train.vision.order import BatchOrder
 RATIOS = [0.5, 2 / 3, 0.75, 1.0, 4 / 3, 1.5, 2.0]
 
 
-def index_of(*inputs: list[tuple]) -> SimpleNamespace:
-    """The columns of an index: of each input its samples as (height, width) or (height, width, frames, rate)."""
-    rows = [(number, *sample, *(1, 0.0)[: 4 - len(sample)]) for number, part in enumerate(inputs) for sample in part]
-    columns = [np.array(column) for column in zip(*rows, strict=True)]
-    index = SimpleNamespace(faults=lambda: iter(()), is_clip=columns[4] > 0, frame_rate=columns[4].astype(float))
-    index.input_number, index.height, index.width, index.num_frames = columns[:4]
-    index.__class__ = type("Index", (SimpleNamespace,), {"__len__": lambda self: len(self.height)})
-    return index
+def index_of(*inputs: list[tuple]) -> MediaIndex:
+    """An index of inputs whose samples are (height, width) or (height, width, frames, rate)."""
+    return MediaIndex([(number, Path(f"input {number}"), table_of(part)) for number, part in enumerate(inputs)])
+
+
+def table_of(samples: list[tuple]) -> MediaTable:
+    rows = [(*sample, *(1, 0.0)[: 4 - len(sample)]) for sample in samples]
+    height, width, num_frames, frame_rate = (np.array(column) for column in zip(*rows, strict=True))
+    texts, zeros = [""] * len(rows), np.zeros(len(rows), dtype=np.int64)
+    return MediaTable(
+        names=texts, keys=texts, codec=texts, fault=texts, offset=zeros, size=zeros, stamp=zeros, height=height,
+        width=width, num_frames=num_frames, frame_rate=frame_rate.astype(float), is_clip=frame_rate > 0,
+    )  # fmt: skip
 
 
 def order_of(index, *, seed: int = 1, chunk_frames: int = 4, factor: int = 8, **options) -> BatchOrder:
@@ -59,9 +65,7 @@ def test_samples_go_to_the_nearest_ratio_and_the_largest_size_they_fill():
 
 def test_rare_buckets_are_given_up_to_their_neighbours():
     buckets = make_buckets([64], [0.5, 1.0, 2.0], 8)
-    tall, square, wide = (
-        next(n for n, b in enumerate(buckets) if (b.width > b.height) - (b.width < b.height) == s) for s in (-1, 0, 1)
-    )
+    tall, square, wide = sorted(range(3), key=lambda number: buckets[number].width)
     chosen = np.array([tall] * 3 + [square] * 20 + [wide] * 20)
     kept = give_up_rare(buckets, chosen, [4, 4, 4])
     assert Counter(kept.tolist()) == {square: 23, wide: 20}
@@ -169,13 +173,14 @@ def test_short_clips_are_faults_and_missing_kinds_are_refused():
         order_of(index_of([(64, 64)]), clip_share=0.5)
     with pytest.raises(InputError, match="hold no picture; set it to 1"):
         order_of(index_of([(64, 64, 9, 10.0)]), clip_share=0.5)
-    with pytest.raises(InputError, match="input_weights"):
-        order_of(index, size=32, input_weights=[0.0])
+    with pytest.raises(InputError, match="input_weights .* give weight to an input with clips"):
+        order_of(index_of([(64, 64)], [(64, 64, 9, 10.0)]), size=32, clip_share=0.5, input_weights=[1.0, 0.0])
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("input_weights", [1.0, 2.0]), ("larger_sizes", [256]), ("aspect_ratios", []), ("clip_strides", [0]),
+    [("input_weights", [1.0, 2.0]), ("input_weights", [0.0]), ("input_weights", [float("nan")]),
+     ("larger_sizes", [256]), ("aspect_ratios", []), ("clip_strides", [0]),
      ("workers", 0), ("mirrored_share", 1.5), ("clip_frames", -1), ("cache_megabytes", -1)],
 )  # fmt: skip
 def test_impossible_settings_are_refused(field, value):
