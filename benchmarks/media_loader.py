@@ -21,7 +21,7 @@ from PIL import Image
 from megatron_ext.config import load, run_program
 from megatron_ext.media import decode_picture, list_samples
 from megatron_ext.vision import from_uint8
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.data import TrainingMedia
 
 

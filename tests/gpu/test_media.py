@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_ext.media import MediaIndex, build_index
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.loader_cpu import CpuLoader
 from tokenizer_train.vision.loader_dali import DaliLoader

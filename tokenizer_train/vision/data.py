@@ -23,7 +23,7 @@ from megatron_ext.media import MediaError, MediaIndex, ResizeConfig, Sample, bui
 from megatron_ext.media import resize as resize_picture
 from megatron_ext.observe.progress import progress
 from megatron_ext.vision import from_uint8
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.loader import choose_loader
 from tokenizer_train.vision.order import BatchOrder, Slot
 
@@ -87,7 +87,8 @@ class TrainingMedia:
             config, self._index, device=device or torch.device("cpu"), largest_batch=largest
         )
         self._pool = ThreadPoolExecutor(callers, thread_name_prefix="media")
-        self._coming: dict[int, list[Future[list[Tensor]]]] = {}
+        self._coming: dict[int, tuple[list[Future[list[Tensor]]], Future[Tensor]]] = {}
+        """Batches that were begun: their parts, and what puts the parts together."""
 
     @functools.cached_property
     def pictures(self) -> Samples:
@@ -110,13 +111,13 @@ class TrainingMedia:
         number = (step - 1) * self._accumulation_steps + accumulation_index
         wanted = range(number, number + 1 + self.config.prefetch_batches)
         for stale in self._coming.keys() - set(wanted):
-            for future in self._coming.pop(stale):
+            parts, whole = self._coming.pop(stale)
+            for future in (*parts, whole):
                 future.cancel()
         for one in wanted:
             if one not in self._coming:
                 self._coming[one] = self._begin(one)
-        frames = [frame for future in self._coming.pop(number) for frame in future.result()]
-        return from_uint8(torch.stack([frame.to(frames[0].device) for frame in frames]))
+        return self._coming.pop(number)[1].result()
 
     def whole(self, sample: Sample) -> np.ndarray | None:
         """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
@@ -150,12 +151,14 @@ class TrainingMedia:
         self._coming.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _begin(self, number: int) -> list[Future[list[Tensor]]]:
+    def _begin(self, number: int) -> tuple[list[Future[list[Tensor]]], Future[Tensor]]:
         slots = self._order.slots(number)
         part = len(slots) // self._ranks
         mine = slots[self._rank * part : (self._rank + 1) * part]
         at_once = self._loader.draws_at_once
-        return [self._pool.submit(self._frames, mine[first : first + at_once]) for first in range(0, part, at_once)]
+        parts = [self._pool.submit(self._frames, mine[first : first + at_once]) for first in range(0, part, at_once)]
+        # Tasks are begun in the order of their submission, so that this one never keeps a thread from its parts.
+        return parts, self._pool.submit(_joined, parts)
 
     def _frames(self, slots: list[Slot]) -> list[Tensor]:
         """The frames of some places of a batch: of an unusable sample those of the next usable one of its cell."""
@@ -194,6 +197,12 @@ class TrainingMedia:
                     f"media.batch_size = {self.config.batch_size}: a batch of {cell.batch} {kind} of {bucket.height}x"
                     f"{bucket.width} does not divide by {self._ranks} ranks"
                 )
+
+
+def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
+    """The batch of its parts, as the tokenizer takes it; the few frames that another device decoded are moved."""
+    frames = [frame for part in parts for frame in part.result()]
+    return from_uint8(torch.stack([frame.to(frames[0].device) for frame in frames]))
 
 
 @contextlib.contextmanager

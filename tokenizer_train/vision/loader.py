@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_ext.config import InputError
 from megatron_ext.media import MediaError, MediaIndex
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.loader_cpu import CpuLoader
 from tokenizer_train.vision.order import Draw
 

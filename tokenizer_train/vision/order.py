@@ -17,7 +17,7 @@ from megatron_ext.config import InputError
 from megatron_ext.data.order import MAX_PERIOD, Blend, derive_key
 from megatron_ext.media import MediaIndex
 from tokenizer_train.vision.buckets import Bucket, assign, give_up_rare, make_buckets
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 
 CLOCK_SLACK = 5e-4
 """Seconds by which a frame counts as on show early, as in decode_clip: clocks of containers round."""

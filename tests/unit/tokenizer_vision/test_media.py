@@ -11,7 +11,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.media import list_samples
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.data import TrainingMedia
 
 MEDIA = Path(__file__).parents[3] / "examples/media"

@@ -14,7 +14,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.media import MediaError, build_index
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.loader import choose_loader
 from tokenizer_train.vision.loader_cpu import ByteCache, CpuLoader
 from tokenizer_train.vision.loader_dali import DaliLoader

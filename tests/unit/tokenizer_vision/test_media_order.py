@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_ext.config import InputError
 from megatron_ext.media.index import MediaIndex, MediaTable
 from tokenizer_train.vision.buckets import Bucket, assign, give_up_rare, make_buckets
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.order import BatchOrder
 
 RATIOS = [0.5, 2 / 3, 0.75, 1.0, 4 / 3, 1.5, 2.0]
@@ -186,3 +186,15 @@ def test_short_clips_are_faults_and_missing_kinds_are_refused():
 def test_impossible_settings_are_refused(field, value):
     with pytest.raises(InputError, match=f"media.{field}"):
         MediaConfig(inputs=["a"], **{field: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"size": 36}, "media.size = 36"), ({"size": 32, "larger_sizes": [44]}, "media.larger_sizes = 44"),
+     ({"clip_frames": 6}, "media.clip_frames = 6"), ({"clip_share": 0.5, "batch_size": 3}, "media.batch_size = 3"),
+     ({"clip_share": 0.5, "clip_frames": 16}, "hold the 16 frames")],
+)  # fmt: skip
+def test_what_the_tokenizer_cannot_take_is_refused(options, words):
+    MediaConfig(inputs=["a"]).check_factors(8, 4)
+    with pytest.raises(InputError, match=words):
+        MediaConfig(inputs=["a"], **options).check_factors(8, 4)
