@@ -117,6 +117,11 @@ class Blend:
         self._places = lru_cache(maxsize=2)(self._draw_places)
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        dataset, _, window = self.locate(index)
+        return dataset, window
+
+    def locate(self, index: int) -> tuple[int, int, int]:
+        """(dataset, how many times that dataset was seen whole before, window) of sample `index`."""
         if index < 0:
             raise IndexError(f"sample index {index} is negative")
         period, place = divmod(index, self.period)
@@ -124,7 +129,7 @@ class Blend:
         dataset = int(datasets[place])
         epoch, position = divmod(period * self.slots[dataset] + int(ranks[place]), self.sizes[dataset])
         key = derive_key(self.seed, "epoch", dataset, epoch)
-        return dataset, Permutation(key, self.sizes[dataset])[position]
+        return dataset, epoch, Permutation(key, self.sizes[dataset])[position]
 
     def epoch(self, dataset: int, samples: int) -> float:
         """How often `dataset` has been seen after `samples` samples of the run, as a fraction of its windows."""

@@ -1,20 +1,27 @@
 """Pictures and clips: finding them, decoding them safely, bringing them to size."""
 
-from megatron_ext.media.clips import Clip, decode_clip
+from megatron_ext.media.clips import Clip, decode_clip, decode_frames
 from megatron_ext.media.errors import MediaError
+from megatron_ext.media.headers import Header, read_header
+from megatron_ext.media.index import MediaIndex, build_index
 from megatron_ext.media.pictures import decode_picture
 from megatron_ext.media.resize import ResizeConfig, resize, smart_resize
 from megatron_ext.media.samples import Sample, json_captions, list_samples, readable_name
 
 __all__ = [
     "Clip",
+    "Header",
     "MediaError",
+    "MediaIndex",
     "ResizeConfig",
     "Sample",
+    "build_index",
     "decode_clip",
+    "decode_frames",
     "decode_picture",
     "json_captions",
     "list_samples",
+    "read_header",
     "readable_name",
     "resize",
     "smart_resize",

@@ -4,7 +4,7 @@ Shapes: T frames, H W pixels, C colour channels.
 """
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -75,6 +75,55 @@ def decode_clip(
         frame_rate_mhz=round(rate * 1000),
         duration_ms=round(1000 * count / rate),
     )
+
+
+def decode_frames(data: bytes, numbers: Sequence[int]) -> np.ndarray:
+    """Frames of the clip's first video stream by their numbers in order of time, as uint8 [T, H, W, C] at their size.
+
+    `numbers` rise and may repeat. Decoding begins at the last key frame before the first of them.
+
+    Raises:
+        MediaError: not a readable clip, no such frame, or frames of several sizes.
+    """
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            if not container.streams.video:
+                raise MediaError("no video stream")
+            stream = container.streams.video[0]
+            found = _frames_at(container, stream, set(numbers))
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:  # as in decode_clip
+        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+    missing = [number for number in numbers if number not in found]
+    if missing:
+        raise MediaError(f"the clip ends before its frame {missing[0]}")
+    if len({frame.shape for frame in found.values()}) > 1:
+        raise MediaError("the picture size changes within the clip")
+    return np.stack([found[number] for number in numbers])
+
+
+def _frames_at(
+    container: av.container.InputContainer, stream: av.VideoStream, wanted: set[int]
+) -> dict[int, np.ndarray]:
+    """Frame number -> upright RGB, of those in `wanted` that the clip has."""
+    packets = [(p.pts, p.dts, p.is_keyframe) for p in container.demux(stream) if p.size and not p.is_discard]
+    stamps = sorted(pts for pts, _, _ in packets if pts is not None)
+    if len(stamps) < len(packets):
+        raise MediaError("a frame has no time stamp")
+    first, found = min(wanted), {}
+    if first >= len(stamps):
+        return found
+    # Some containers are sought by the time of decoding, which is never after that of showing.
+    starts = [pts if dts is None else dts for pts, dts, is_key in packets if is_key and pts <= stamps[first]]
+    container.seek(max(starts, default=0), stream=stream, backward=True)
+    number_at = {stamps[number]: number for number in wanted if number < len(stamps)}
+    for frame in container.decode(stream):
+        if frame.pts in number_at:
+            found[number_at[frame.pts]] = _upright_rgb(frame)
+            if len(found) == len(number_at):
+                break
+    return found
 
 
 def _sample(

@@ -4,9 +4,12 @@ A folder is img2dataset's "files" output: KEY.jpg (or another picture or clip), 
 more about it; sub-folders are searched. A tar is a WebDataset shard: members of one key stand together.
 A key is the path without everything from the first dot of its last part.
 
-Listing reads names only (of a tar, its headers); the bytes are read sample by sample, in any order.
+Inputs are paths or glob patterns. Listing reads names only (of a tar, its headers); the bytes are read sample by
+sample, in any order.
 """
 
+import glob
+import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -55,6 +58,52 @@ class Extent:
         except OSError as error:
             raise MediaError(f"cannot be read ({error.strerror})") from None
 
+    def open(self) -> io.BufferedReader:
+        """The bytes as a file that is read where it is looked at: a header costs a header.
+
+        Raises:
+            MediaError: the file cannot be opened.
+        """
+        try:
+            return io.BufferedReader(_Window(self))
+        except OSError as error:
+            raise MediaError(f"cannot be read ({error.strerror})") from None
+
+
+class _Window(io.RawIOBase):
+    """The bytes of an extent as a file of their own."""
+
+    def __init__(self, extent: Extent) -> None:
+        super().__init__()
+        self._size = extent.size
+        self._offset = extent.offset
+        self._position = 0
+        self._file = extent.path.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        count = max(0, min(len(buffer), self._size - self._position))
+        self._file.seek(self._offset + self._position)
+        read = self._file.readinto(memoryview(buffer)[:count])
+        self._position += read
+        return read
+
+    def close(self) -> None:
+        # A failed constructor leaves no file behind it.
+        if not self.closed and hasattr(self, "_file"):
+            self._file.close()
+        super().close()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
@@ -96,29 +145,71 @@ class Sample:
 
 
 def list_samples(inputs: Iterable[str | Path]) -> list[Sample]:
-    """All samples of the folders and tars, in the order given, within each by key.
+    """All samples of the folders, tars and media files, in the order given, within each by key.
 
     Raises:
-        InputError: an input is missing, unreadable or without media; a key twice; two media files of one key.
+        InputError: as `expand` and `samples_of`; a key twice.
     """
     samples: dict[str, Sample] = {}
-    for path in map(Path, inputs):
-        if path.is_dir():
-            entries = _folder_entries(path)
-        elif path.is_file():
-            entries = _tar_entries(path)
-        else:
-            raise InputError(f"input {str(path)!r} is missing: give a folder of media files or a WebDataset tar")
-        found = _grouped(entries)
-        if not found:
-            raise InputError(f"input {str(path)!r} holds no picture and no clip ({', '.join(KINDS)})")
-        for sample in found:
+    for path in (path for pattern in inputs for path in expand(pattern)):
+        for sample in samples_of(path):
             if sample.key in samples:
                 raise InputError(
                     f"key {sample.key!r} is in {samples[sample.key].source} and in {sample.source}: keys must be unique"
                 )
             samples[sample.key] = sample
     return list(samples.values())
+
+
+def expand(pattern: str | Path) -> list[Path]:
+    """What an input names: the path itself, or what a glob pattern (`*`, `?`, `[...]`, `**`) matches, sorted.
+
+    A pattern's matches that are neither folders, tars nor media files, such as img2dataset's `00000_stats.json`, are
+    passed over.
+
+    Raises:
+        InputError: there is no such path, or nothing that could hold media matches.
+    """
+    path = Path(pattern)
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(pattern)):
+        raise InputError(f"input {str(pattern)!r} is missing: give a folder of media files or a WebDataset tar")
+    matches = map(Path, sorted(glob.glob(str(pattern), recursive=True)))
+    found = [match for match in matches if match.is_dir() or _suffix(match.name) in (*KINDS, "tar")]
+    if not found:
+        raise InputError(f"input {str(pattern)!r} matches no folder, no tar and no media file: correct the pattern")
+    return found
+
+
+def samples_of(path: Path) -> list[Sample]:
+    """The samples of one folder or tar, by key; of a picture or clip the sample that it is with what lies beside it.
+
+    Raises:
+        InputError: an input without media, unreadable, or with two media files of one key.
+    """
+    layout = layout_of(path)
+    if layout == "folder":
+        entries = _folder_entries(path, path.rglob("*"))
+    elif layout == "media":
+        stem = path.name.partition(".")[0]
+        beside = (path.with_name(f"{stem}.{suffix}") for suffix in ("txt", "json"))
+        entries = _folder_entries(path.parent, [path, *(other for other in beside if other.exists())])
+    else:
+        entries = _tar_entries(path)
+    found = _grouped(entries)
+    if not found:
+        raise InputError(f"input {str(path)!r} holds no picture and no clip ({', '.join(KINDS)})")
+    return found
+
+
+def layout_of(path: Path) -> Literal["folder", "tar", "media"]:
+    """What an existing input is: a folder of samples, a tar, or one picture or clip."""
+    return "folder" if path.is_dir() else "media" if _suffix(path.name) in KINDS else "tar"
+
+
+def _suffix(name: str) -> str:
+    return name.rpartition(".")[2].lower()
 
 
 def readable_name(name: str) -> str:
@@ -148,8 +239,8 @@ def json_captions(content: bytes) -> list[str]:
     return found
 
 
-def _folder_entries(folder: Path) -> Iterator[tuple[str, str, Extent]]:
-    for path in sorted(folder.rglob("*")):
+def _folder_entries(folder: Path, paths: Iterable[Path]) -> Iterator[tuple[str, str, Extent]]:
+    for path in sorted(paths):
         if path.is_file():
             status = path.stat()
             extent = Extent(path=path, offset=0, size=status.st_size, stamp=status.st_mtime_ns)
@@ -187,6 +278,6 @@ def _grouped(entries: Iterable[tuple[str, str, Extent]]) -> list[Sample]:
         if "media" in files or OTHER_MEDIA in files:
             source, media = files.get("media") or files[OTHER_MEDIA]
             text, fields = (files[role][1] if role in files else None for role in ("txt", "json"))
-            kind = KINDS[source.rpartition(".")[2].lower()]
+            kind = KINDS[_suffix(source)]
             samples.append(Sample(key=key, kind=kind, source=source, media=media, text=text, fields=fields))
     return samples

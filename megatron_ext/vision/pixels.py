@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 
-def from_uint8(frames_HWC: np.ndarray) -> Tensor:
+def from_uint8(frames_HWC: np.ndarray | Tensor) -> Tensor:
     """Float32 [..., C, H, W] in [-1, 1] of uint8 [..., H, W, C]: x / 255, mean 0.5, deviation 0.5."""
-    return torch.tensor(np.ascontiguousarray(frames_HWC)).movedim(-1, -3).float().div(127.5).sub(1.0).contiguous()
+    if isinstance(frames_HWC, np.ndarray):
+        frames_HWC = torch.tensor(np.ascontiguousarray(frames_HWC))
+    # The bytes are transposed, not the four times as many of the floats.
+    return frames_HWC.movedim(-1, -3).contiguous().float().div_(127.5).sub_(1.0)
 
 
 def to_uint8(pixels_CHW: Tensor) -> np.ndarray:

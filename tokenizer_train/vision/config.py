@@ -9,51 +9,7 @@ from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.runtime import DeviceName
 from megatron_ext.vision import VisionTokenizerConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaConfig:
-    """Which pictures and clips are seen, and how a batch is made of them."""
-
-    inputs: list[str]
-    """Folders in the layout of img2dataset's "files" output, and WebDataset tars."""
-
-    size: int = 256
-    """Side of the training squares in pixels; a multiple of the tokenizer's spatial factor."""
-
-    batch_size: int = 8
-    """Frames of a step: as many pictures, or chunks of a clip worth as many frames."""
-
-    augmented_share: float = 0.25
-    """Share of a batch of pictures that are random crops, mirrored half of the time, instead of the centred square."""
-
-    smallest_crop: float = 0.5
-    """Side of the smallest random crop over the side of the centred square."""
-
-    clip_share: float = 0.0
-    """Share of the steps whose batch is made of clips; their chunks are temporal_downsample_factor frames long."""
-
-    clip_frame_rate: float | None = None
-    """Frames per second at which clips are sampled; null takes each clip's own rate."""
-
-    clip_max_frames: int = 120
-    """Frames of a clip at most, from its start."""
-
-    max_bad_fraction: float = 0.01
-    """Largest share of the pictures and clips that may turn out to be unusable; they are skipped, more of them stop."""
-
-    cached_samples: int = 256
-    """Decoded pictures and clips kept in memory."""
-
-    def __post_init__(self) -> None:
-        if not self.inputs:
-            raise InputError("media.inputs is empty: give folders or tars of media")
-        for name in ("size", "batch_size", "clip_max_frames", "cached_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"media.{name} = {getattr(self, name)}: must be positive")
-        for name in ("augmented_share", "smallest_crop", "clip_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"media.{name} = {getattr(self, name)}: must be between 0 and 1")
+from tokenizer_train.vision.config_media import MediaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,15 +256,7 @@ class VisionTokenizerTrainingConfig:
 
     def __post_init__(self) -> None:
         self._check_quantizer()
-        if self.media.size % self.model.spatial_factor:
-            raise InputError(
-                f"media.size = {self.media.size}: must be a multiple of the spatial factor {self.model.spatial_factor}"
-            )
-        if self.media.clip_share and self.media.batch_size < self.model.temporal_downsample_factor:
-            raise InputError(
-                f"media.batch_size = {self.media.batch_size}: must hold the {self.model.temporal_downsample_factor} "
-                "frames of one chunk when media.clip_share is not 0"
-            )
+        self.media.check_factors(self.model.spatial_factor, self.model.temporal_downsample_factor)
         if self.loss.adversarial and not (
             self.discriminator.start_step <= self.loss.adversarial_start_step < self.train.train_steps
         ):

@@ -1,25 +1,54 @@
-"""Training batches of pictures and of clips: a function of (seed, step), so that a resumed run sees the same ones.
+"""Training batches of pictures and of clips, decoded ahead in the background.
+
+A batch is a function of (seed, its number), see order.py: a resumed run sees the same ones, and the ranks' parts put
+together are the batch of one rank.
 
 Shapes: B batch, T frames, C colour channels, H W pixels.
 """
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from megatron_ext.config import BadSamples, InputError
-from megatron_ext.data.order import Permutation, derive_key
-from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
+from megatron_ext.data.order import derive_key
+from megatron_ext.media import MediaError, MediaIndex, ResizeConfig, Sample, build_index, decode_clip, decode_picture
+from megatron_ext.media import resize as resize_picture
+from megatron_ext.observe.progress import progress
 from megatron_ext.vision import from_uint8
-from tokenizer_train.vision.config import MediaConfig
+from tokenizer_train.vision.config_media import MediaConfig
+from tokenizer_train.vision.loader import choose_loader
+from tokenizer_train.vision.order import BatchOrder, Slot
+
+SHOWN_FROM = 2000
+"""Samples or inputs from which on reading them shows its progress: less takes a second or two."""
+
+
+class Samples(Sequence[Sample]):
+    """Some samples of an index, made when they are looked at."""
+
+    def __init__(self, index: MediaIndex, numbers: np.ndarray) -> None:
+        self._index = index
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place):
+        if isinstance(place, slice):
+            return Samples(self._index, self._numbers[place])
+        return self._index[int(self._numbers[place])]
 
 
 class TrainingMedia:
-    """The pictures and clips of a training, decoded when they are needed."""
+    """The pictures and clips of a training, decoded ahead of their need."""
 
     def __init__(
         self,
@@ -27,129 +56,162 @@ class TrainingMedia:
         *,
         seed: int,
         chunk_frames: int,
-        accumulation_steps: int = 1,
+        spatial_factor: int = 1,
         rank: int = 0,
         ranks: int = 1,
+        accumulation_steps: int = 1,
+        device: torch.device | None = None,
     ) -> None:
-        """`chunk_frames` is the tokenizer's temporal factor: clips are seen in independent chunks of so many frames.
-
-        A step has `accumulation_steps` batches, of which this rank sees one of `ranks` equal parts.
+        """`chunk_frames` and `spatial_factor` are the tokenizer's; `rank` of `ranks` takes its part of every batch; a
+        step has `accumulation_steps` batches; DALI decodes on `device`.
 
         Raises:
-            InputError: there is nothing to train on, or a batch cannot be divided.
+            InputError: there is nothing to train on, too much of it is unusable, or a batch does not divide by `ranks`.
         """
         self.config = config
-        self._accumulation_steps, self._rank, self._ranks = accumulation_steps, rank, ranks
-        for size in {config.batch_size} | ({config.batch_size // chunk_frames} if config.clip_share else set()):
-            if size % ranks:
-                raise InputError(f"media.batch_size = {config.batch_size}: {ranks} ranks cannot share {size} samples")
-        self._seed = seed
         self._chunk_frames = chunk_frames
-        samples = list_samples(config.inputs)
-        self.pictures = [sample for sample in samples if sample.kind == "image"]
-        self.clips = [sample for sample in samples if sample.kind == "video"]
+        self._rank, self._ranks, self._accumulation_steps = rank, ranks, accumulation_steps
+        self._index = build_index(config.inputs, config.index_dir, _shown)
+        self._order = BatchOrder(
+            self._index, config, seed=seed, chunk_frames=chunk_frames, spatial_factor=spatial_factor
+        )
         self.bad = BadSamples(config.max_bad_fraction, field="media.max_bad_fraction")
         """What turned out to be unusable so far."""
-        if config.clip_share and not self.clips:
-            raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no clip; set it to 0")
-        if config.clip_share < 1 and not self.pictures:
-            raise InputError(f"media.clip_share = {config.clip_share}: {config.inputs} hold no picture; set it to 1")
-        self._decoded = functools.lru_cache(maxsize=config.cached_samples)(self._decode)
+        self._lock = threading.Lock()
+        for sample, fault in self._order.faults.items():
+            self.bad.add(self._index[sample].source, fault)
+        self.bad.check(len(self._index))
+        self._check_parts()
+        largest = max(cell.batch for cell in self._order.cells) // ranks
+        self._loader, callers = choose_loader(
+            config, self._index, device=device or torch.device("cpu"), largest_batch=largest
+        )
+        self._pool = ThreadPoolExecutor(callers, thread_name_prefix="media")
+        self._coming: dict[int, tuple[list[Future[list[Tensor]]], Future[Tensor]]] = {}
+        """Batches that were begun: their parts, and what puts the parts together."""
+
+    @functools.cached_property
+    def pictures(self) -> Samples:
+        """The usable pictures, in the order of the inputs."""
+        return Samples(self._index, self._order.pictures)
+
+    @functools.cached_property
+    def clips(self) -> Samples:
+        """The usable clips, in the order of the inputs."""
+        return Samples(self._index, self._order.clips)
 
     def batch(self, step: int, accumulation_index: int = 0) -> Tensor:
-        """This rank's pixels of a batch of `step` (the first is 1): pictures [B, C, H, W], or chunks of clips
-        [B, T, C, H, W]."""
-        step = (step - 1) * self._accumulation_steps + accumulation_index + 1
-        random = np.random.default_rng(np.frombuffer(derive_key(self._seed, "batch", step), dtype=np.uint32))
-        if random.random() < self.config.clip_share:
-            count = self.config.batch_size // self._chunk_frames
-            frames = [self._random_chunk(position) for position in self._positions("clips", step, count)]
-        else:
-            frames = self._pictures_of(step, random)
-        return from_uint8(np.stack(np.array_split(frames, self._ranks)[self._rank]))
+        """This rank's pixels of a batch of step `step` (the first is 1): pictures [B, C, H, W], clips [B, T, C, H, W].
+
+        All ranks have the same shape. The next batches are begun before this one is waited for.
+
+        Raises:
+            InputError: too much is unusable.
+        """
+        number = (step - 1) * self._accumulation_steps + accumulation_index
+        wanted = range(number, number + 1 + self.config.prefetch_batches)
+        for stale in self._coming.keys() - set(wanted):
+            parts, whole = self._coming.pop(stale)
+            for future in (*parts, whole):
+                future.cancel()
+        for one in wanted:
+            if one not in self._coming:
+                self._coming[one] = self._begin(one)
+        return self._coming.pop(number)[1].result()
 
     def whole(self, sample: Sample) -> np.ndarray | None:
         """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
 
         None where it cannot be used.
         """
-        decoded = self._decoded_or_bad(sample)
-        if decoded is None:
-            return None
-        return decoded if sample.kind == "video" else self._square(decoded)
-
-    def _pictures_of(self, step: int, random: np.random.Generator) -> list[np.ndarray]:
-        augmented = round(self.config.batch_size * self.config.augmented_share)
-        whole = self.config.batch_size - augmented
-        frames = [self._square(self._usable(self.pictures, p)) for p in self._positions("pictures", step, whole)]
-        for position in self._positions("augmented", step, augmented):
-            frames.append(self._random_crop(self._usable(self.pictures, position), random))
-        return frames
-
-    def _positions(self, stream: str, step: int, count: int) -> list[int]:
-        """Positions of `count` samples at `step`: a stream goes through all its samples, each time newly shuffled."""
-        size = self._num_chunks if stream == "clips" else len(self.pictures)
-        positions = []
-        for index in range((step - 1) * count, step * count):
-            epoch, place = divmod(index, size)
-            positions.append(Permutation(derive_key(self._seed, stream, epoch), size)[place])
-        return positions
-
-    @functools.cached_property
-    def _num_chunks(self) -> int:
-        """Chunks of a clip at most, times clips; a shorter clip's chunks come round again."""
-        return len(self.clips) * max(1, self.config.clip_max_frames // self._chunk_frames)
-
-    def _random_chunk(self, position: int) -> np.ndarray:
-        chunk, clip = divmod(position, len(self.clips))
-        frames_THWC = self._usable(self.clips, clip)
-        first = chunk % (len(frames_THWC) // self._chunk_frames) * self._chunk_frames
-        return frames_THWC[first : first + self._chunk_frames]
-
-    def _usable(self, samples: Sequence[Sample], position: int) -> np.ndarray:
-        """The decoded sample at `position`, or the next one that can be decoded."""
-        for offset in range(len(samples)):
-            sample = samples[(position + offset) % len(samples)]
-            if (decoded := self._decoded_or_bad(sample)) is not None:
-                return decoded
-        raise InputError(f"media.inputs = {self.config.inputs}: none of {len(samples)} samples can be decoded")
-
-    def _decoded_or_bad(self, sample: Sample) -> np.ndarray | None:
-        """The decoded sample; None, and a note, where it cannot be used. Too many of those raise InputError."""
-        if sample.source in self.bad.reasons:
-            return None
+        square = ResizeConfig(rule="square", size=self.config.size)
         try:
-            return self._decoded(sample)
+            data = sample.media.read()
+            if sample.kind == "image":
+                return resize_picture(decode_picture(data), square, factor=1)
+            return decode_clip(
+                data,
+                frame_rate=self.config.clip_frame_rate,
+                max_frames=self.config.clip_max_frames,
+                multiple=self._chunk_frames,
+                resize=lambda frame_HWC: resize_picture(frame_HWC, square, factor=1),
+            ).frames_THWC
         except MediaError as error:
-            self.bad.add(sample.source, str(error))
-            self.bad.check(len(self.pictures) + len(self.clips))
+            self._note(sample, error)
             return None
 
-    def _decode(self, sample: Sample) -> np.ndarray:
-        """A picture at its own size, a clip's frames at the training size."""
-        data = sample.media.read()
-        if sample.kind == "image":
-            return decode_picture(data)
-        clip = decode_clip(
-            data,
-            frame_rate=self.config.clip_frame_rate,
-            max_frames=self.config.clip_max_frames,
-            multiple=self._chunk_frames,
-            resize=self._square,
-        )
-        return clip.frames_THWC
+    def summary(self) -> str:
+        """What is trained on, in a line."""
+        buckets = {cell.bucket for cell in self._order.cells}
+        shapes = ", ".join(f"{bucket.height}x{bucket.width}" for bucket in sorted(buckets))
+        return f"{len(self.pictures)} pictures, {len(self.clips)} clips, shapes {shapes}, loader {self._loader.name}"
 
-    def _square(self, picture_HWC: np.ndarray) -> np.ndarray:
-        return resize(picture_HWC, ResizeConfig(rule="square", size=self.config.size), factor=1)
+    def close(self) -> None:
+        """Give up the batches that were begun; those in work are finished."""
+        self._coming.clear()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _random_crop(self, picture_HWC: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        height, width = picture_HWC.shape[:2]
-        side = min(height, width) * random.uniform(self.config.smallest_crop, 1)
-        left, top = random.uniform(0, width - side), random.uniform(0, height - side)
-        size = (self.config.size, self.config.size)
-        box = (left, top, left + side, top + side)
-        crop = np.asarray(Image.fromarray(picture_HWC).resize(size, Image.Resampling.BICUBIC, box=box))
-        return crop[:, ::-1] if random.random() < 0.5 else crop
+    def _begin(self, number: int) -> tuple[list[Future[list[Tensor]]], Future[Tensor]]:
+        slots = self._order.slots(number)
+        part = len(slots) // self._ranks
+        mine = slots[self._rank * part : (self._rank + 1) * part]
+        at_once = self._loader.draws_at_once
+        parts = [self._pool.submit(self._frames, mine[first : first + at_once]) for first in range(0, part, at_once)]
+        # Tasks are begun in the order of their submission, so that this one never keeps a thread from its parts.
+        return parts, self._pool.submit(_joined, parts)
+
+    def _frames(self, slots: list[Slot]) -> list[Tensor]:
+        """The frames of some places of a batch: of an unusable sample those of the next usable one of its cell."""
+        attempts = dict.fromkeys(range(len(slots)), 0)
+        frames: dict[int, Tensor] = {}
+        while attempts:
+            draws = {place: self._order.draw(slots[place], attempt) for place, attempt in attempts.items()}
+            for place, draw in list(draws.items()):
+                while self._index[draw.sample].source in self.bad.reasons:
+                    attempts[place] = self._next(slots[place], attempts[place])
+                    draws[place] = draw = self._order.draw(slots[place], attempts[place])
+            for (place, draw), found in zip(draws.items(), self._loader.decode(list(draws.values())), strict=True):
+                if isinstance(found, MediaError):
+                    self._note(self._index[draw.sample], found)
+                    attempts[place] = self._next(slots[place], attempts[place])
+                else:
+                    frames[place] = found
+                    del attempts[place]
+        return [frames[place] for place in range(len(slots))]
+
+    def _next(self, slot: Slot, attempt: int) -> int:
+        if attempt + 1 == self._order.candidates(slot):
+            raise InputError(f"media.inputs = {self.config.inputs}: none of {attempt + 1} samples can be decoded")
+        return attempt + 1
+
+    def _note(self, sample: Sample, error: MediaError) -> None:
+        with self._lock:
+            self.bad.add(sample.source, str(error))
+            self.bad.check(len(self._index))
+
+    def _check_parts(self) -> None:
+        for cell in self._order.cells:
+            if cell.batch % self._ranks:
+                kind, bucket = "clips" if cell.is_clip else "pictures", cell.bucket
+                raise InputError(
+                    f"media.batch_size = {self.config.batch_size}: a batch of {cell.batch} {kind} of {bucket.height}x"
+                    f"{bucket.width} does not divide by {self._ranks} ranks"
+                )
+
+
+def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
+    """The batch of its parts, as the tokenizer takes it; the few frames that another device decoded are moved."""
+    frames = [frame for part in parts for frame in part.result()]
+    return from_uint8(torch.stack([frame.to(frames[0].device) for frame in frames]))
+
+
+@contextlib.contextmanager
+def _shown(label: str, total: int, unit: str) -> Iterator:
+    if total < SHOWN_FROM:
+        yield lambda count: None
+    else:
+        with progress(label, total, unit, Console(highlight=False)) as advance:
+            yield advance
 
 
 def torch_generator(*parts: int | str) -> torch.Generator:

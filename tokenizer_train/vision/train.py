@@ -8,6 +8,7 @@ above reconstruction) and, at the end, tokenizer/ with config.json and model.saf
 another number of ranks, it goes on from the last checkpoint.
 """
 
+import contextlib
 import signal
 import sys
 
@@ -47,15 +48,8 @@ def train(config: VisionTokenizerTrainingConfig) -> signal.Signals | None:
             total_steps=config.train.train_steps,
             environment=topology.environment,
         ) as run,
+        contextlib.closing(_media(config, topology)) as media,
     ):
-        media = TrainingMedia(
-            config.media,
-            seed=config.train.seed,
-            chunk_frames=config.model.temporal_downsample_factor,
-            accumulation_steps=config.train.accumulation_steps,
-            rank=topology.data_parallel_rank,
-            ranks=topology.data_parallel_size,
-        )
         trainer = Trainer(config, media, run, topology)
         trainer.resume()
         _announce(trainer)
@@ -70,6 +64,19 @@ def train(config: VisionTokenizerTrainingConfig) -> signal.Signals | None:
         if not topology.any(signals.requested):
             return None
         return signal.Signals[signals.signal_name or signal.SIGTERM.name]
+
+
+def _media(config: VisionTokenizerTrainingConfig, topology: Topology) -> TrainingMedia:
+    return TrainingMedia(
+        config.media,
+        seed=config.train.seed,
+        chunk_frames=config.model.temporal_downsample_factor,
+        spatial_factor=config.model.spatial_factor,
+        device=topology.device,
+        accumulation_steps=config.train.accumulation_steps,
+        rank=topology.data_parallel_rank,
+        ranks=topology.data_parallel_size,
+    )
 
 
 def _runtime(train: VisionTrainConfig) -> RuntimeConfig:
