@@ -94,8 +94,8 @@ def _announce(trainer: Trainer) -> None:
     topology, step = trainer.topology, trainer.state.step
     ranks = f"{topology.world_size} ranks, " if topology.world_size > 1 else ""
     trainer.run.console.print(
-        f"vision tokenizer of {parameters:,} parameters, {len(trainer.media.pictures)} pictures, "
-        f"{len(trainer.media.clips)} clips, {ranks}{torch.get_num_threads()} threads on {topology.device.type}: "
+        f"vision tokenizer of {parameters:,} parameters, {trainer.media.summary()}, "
+        f"{ranks}{torch.get_num_threads()} threads on {topology.device.type}: "
         + (f"resuming after step {step}" if step else "starting"),
         soft_wrap=True,
     )
