@@ -3,6 +3,7 @@
 Both are counted, not timed, so that they are the same on every machine; benchmarks/vision_tokenizer.py takes the time.
 """
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -16,14 +17,20 @@ from megatron_ext.vision.movqgan import PIXELS_AT_ONCE
 from tests.parity.test_movqgan_transformers import pair
 from tests.support.memory import LiveBytes
 
-SIDE = 128
+SIDE = 64
 CONFIG = VisionTokenizerConfig(codebook_size=512, ch=32)
 """Emu3's stages, blocks and attention, an eighth as wide."""
 
 
 @pytest.fixture(scope="module")
 def models():
-    return [model.double() for model in pair(CONFIG)]
+    return pair(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def exact_models(models):
+    """In float64, where equal formulas show as equal numbers."""
+    return [copy.deepcopy(model).double() for model in models]
 
 
 def random_pixels(*shape: int) -> Tensor:
@@ -48,12 +55,12 @@ def their_encode(model, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(models):
-    ours, theirs = models
+def test_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(exact_models):
+    ours, theirs = exact_models
     pixels = random_pixels(1, 3, SIDE, SIDE)
     codes = ours.encode(pixels)
     print(f"pixels {(ours.decode(codes) - theirs.decode(codes)).abs().max():.1e}")
-    assert len(codes.unique()) > 40 and torch.equal(codes, their_encode(theirs, pixels))
+    assert len(codes.unique()) > 20 and torch.equal(codes, their_encode(theirs, pixels))
     # Measured 3e-14 (2e-5 in fp32): our upsampling adds taps before it multiplies.
     torch.testing.assert_close(ours.decode(codes), theirs.decode(codes), rtol=0, atol=1e-11)
     encode = flops(lambda: their_encode(theirs, pixels)) / flops(lambda: ours.encode(pixels))
@@ -62,8 +69,8 @@ def test_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(model
     assert encode >= 3.5 and decode >= 3.5  # measured 4.00 and 4.57
 
 
-def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(models):
-    ours, theirs = models
+def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(exact_models):
+    ours, theirs = exact_models
     pixels = random_pixels(1, 3, SIDE, SIDE)
 
     def our_step() -> None:
@@ -91,7 +98,7 @@ def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplic
 def test_live_memory_is_at_most_a_third(models, frames, monkeypatch):
     monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", SIDE**2)  # frames one by one, as those of 256 x 256 are
     ours, theirs = models
-    pixels = random_pixels(1, frames, 3, SIDE, SIDE)
+    pixels = random_pixels(1, frames, 3, SIDE, SIDE).float()
     pixels = pixels.squeeze(1) if frames == 1 else pixels
     codes = ours.encode(pixels)
     encode = live_bytes(lambda: ours.encode(pixels)) / live_bytes(lambda: their_encode(theirs, pixels))
