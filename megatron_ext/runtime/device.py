@@ -1,6 +1,7 @@
 """The torch device and what depends on its kind: backend, synchronization, memory, threads."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -46,12 +47,31 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: allocator peak on CUDA, resident set of the process on a CPU."""
+    """Most memory in use since the start or `reset_peak_memory`: allocator peak on CUDA, resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
+    return _resident_bytes("VmHWM")
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def memory_used(device: torch.device) -> int:
+    """Memory in use now, counted as `peak_memory_bytes` does."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _resident_bytes("VmRSS")
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_bytes` count from now on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # proc(5): resets VmHWM
+
+
+def _resident_bytes(field: str) -> int:
+    """A kB field of proc(5)'s status of this process; unlike getrusage's, not inherited from the parent."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
 
 
 def set_threads(runtime: RuntimeConfig, device: torch.device, local_world_size: int) -> None:

@@ -1,6 +1,11 @@
 """Layers of the Emu3 vision tokenizer, 2D per frame and causal 3D over time, under the names of BAAI's checkpoint.
 
-Shapes: B batch, N frames of a whole batch, T frames in time, C channels, H W grid; Z channels of the quantised map.
+What is fast here, and exact: maps of the 2D networks lie channels last, which spares convolutions on CPUs their
+reordering; nothing of the size of a map is made twice where no gradient is wanted, because at high resolution fresh
+memory costs as much time as the arithmetic.
+
+Shapes: B batch, N frames of a whole batch, T frames in time, C channels, H W grid, h w grid of codes; Z channels of the
+quantised map.
 Source: github.com/baaivision/Emu3 emu3/tokenizer/modeling_emu3visionvq.py, cited as E3 with line numbers.
 """
 
@@ -10,6 +15,11 @@ from torch import Tensor, nn
 
 NUM_GROUPS = 32  # hard-wired upstream (E3:225-233) and in transformers' class: every width is a multiple of it
 NORM_EPS = 1e-6
+CAUSAL_FRAMES = 2
+"""Frames before the present one that a causal convolution sees, whatever its kernel (E3:74-106)."""
+
+Past = dict["CausalConv3d", Tensor]
+"""The last CAUSAL_FRAMES input frames of each causal convolution: what a stream remembers of its clip."""
 
 
 class Norm(nn.GroupNorm):
@@ -32,16 +42,30 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(condition_channels, channels, 1)
 
     def forward(self, x_NCHW: Tensor, zq_NZhw: Tensor) -> Tensor:
-        """Upstream enlarges zq before the convolutions; 1x1 convolutions commute with nearest resizing, and the
-        small grid costs less."""
-        size = x_NCHW.shape[-2:]
-        scale = F.interpolate(self.conv_y(zq_NZhw), size=size, mode="nearest")
-        shift = F.interpolate(self.conv_b(zq_NZhw), size=size, mode="nearest")
-        return torch.addcmul(shift, self.norm_layer(x_NCHW), scale)
+        """Upstream enlarges zq before the convolutions; 1x1 convolutions commute with nearest resizing, the small
+        grid costs less, and its values are broadcast to their pixels instead of being copied there."""
+        cells = [size // codes for size, codes in zip(x_NCHW.shape[-2:], zq_NZhw.shape[-2:], strict=True)]
+        scale, shift = (conv(zq_NZhw).unsqueeze(3).unsqueeze(5) for conv in (self.conv_y, self.conv_b))
+        normed = self.norm_layer(x_NCHW).unflatten(3, (-1, cells[1])).unflatten(2, (-1, cells[0]))
+        if torch.is_grad_enabled():
+            normed = torch.addcmul(shift, normed, scale)
+        else:
+            torch.addcmul(shift, normed, scale, out=normed)
+        return normed.flatten(4, 5).flatten(2, 3)
 
 
 def _norm(channels: int, condition_channels: int | None) -> nn.Module:
     return Norm(channels) if condition_channels is None else SpatialNorm(channels, condition_channels)
+
+
+def activated(norm: nn.Module, x: Tensor, *condition: Tensor | None) -> Tensor:
+    """SiLU of the normalised `x`."""
+    return F.silu(norm(x, *condition), inplace=not torch.is_grad_enabled())
+
+
+def _sum(fresh: Tensor, kept: Tensor) -> Tensor:
+    """fresh + kept; into the memory of `fresh`, which nobody else holds, where no gradient is wanted."""
+    return fresh + kept if torch.is_grad_enabled() else fresh.add_(kept)
 
 
 class ResnetBlock(nn.Module):
@@ -58,9 +82,10 @@ class ResnetBlock(nn.Module):
         self.changes_width = in_channels != out_channels
 
     def forward(self, x_NCHW: Tensor, zq_NZhw: Tensor | None = None) -> Tensor:
-        h_NCHW = self.conv1(F.silu(self.norm1(x_NCHW, zq_NZhw)))
-        h_NCHW = self.conv2(F.silu(self.norm2(h_NCHW, zq_NZhw)))
-        return h_NCHW + (self.nin_shortcut(x_NCHW) if self.changes_width else x_NCHW)
+        h_NCHW = self.conv1(activated(self.norm1, x_NCHW, zq_NZhw))
+        h_NCHW = activated(self.norm2, h_NCHW, zq_NZhw)  # a name for itself: what it normalises is free before conv2
+        h_NCHW = self.conv2(h_NCHW)
+        return _sum(h_NCHW, self.nin_shortcut(x_NCHW) if self.changes_width else x_NCHW)
 
 
 class AttentionBlock(nn.Module):
@@ -78,7 +103,7 @@ class AttentionBlock(nn.Module):
         h_NCHW = self.norm(x_NCHW, zq_NZhw)
         q_N1SC, k_N1SC, v_N1SC = (conv(h_NCHW).flatten(2).mT.unsqueeze(1) for conv in (self.q, self.k, self.v))
         context_N1SC = F.scaled_dot_product_attention(q_N1SC, k_N1SC, v_N1SC)
-        return x_NCHW + self.proj_out(context_N1SC.squeeze(1).mT.reshape(x_NCHW.shape))
+        return _sum(self.proj_out(context_N1SC.squeeze(1).mT.reshape(x_NCHW.shape)), x_NCHW)
 
 
 class Downsample(nn.Module):
@@ -93,14 +118,31 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the grid: nearest, then conv3 (E3:37-52)."""
+    """Twice the grid: nearest, then conv3 (E3:37-52), as four 2x2 convolutions of the small grid.
+
+    Each pixel of a 2x2 cell sees four source pixels, some through several of the nine taps; adding those taps first
+    takes 4/9 of the multiplications and never makes the enlarged map. Only the rounding differs.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x_NCHW, scale_factor=2.0, mode="nearest"))
+        rows_NHWbC = [torch.stack([self._quarter(x_NCHW, row, column) for column in (0, 1)], dim=3) for row in (0, 1)]
+        return torch.stack(rows_NHWbC, dim=2).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+
+    def _quarter(self, x_NCHW: Tensor, row: int, column: int) -> Tensor:
+        """Pixels [N, H, W, C] of all cells' place (row, column)."""
+        height, width = x_NCHW.shape[-2:]
+        # The sums are rounded once, also where the weights are bf16.
+        taps = self.conv.weight.to(torch.promote_types(self.conv.weight.dtype, torch.float32))
+        for dim, place in ((2, row), (3, column)):
+            before, same, after = taps.split(1, dim)
+            taps = torch.cat((before, same + after) if place == 0 else (before + same, after), dim)
+        taps = taps.to(self.conv.weight.dtype, memory_format=torch.channels_last)
+        padded_NCHW = F.conv2d(x_NCHW, taps, self.conv.bias, padding=1)
+        return padded_NCHW[:, :, row : row + height, column : column + width].permute(0, 2, 3, 1)
 
 
 class MiddleBlock(nn.Module):
@@ -118,7 +160,7 @@ class MiddleBlock(nn.Module):
 
 
 class CausalConv3d(nn.Module):
-    """3D convolution that sees no later frame: two zero frames before, symmetric zeros in space (E3:74-106)."""
+    """3D convolution that sees no later frame: zero frames before, symmetric zeros in space (E3:74-106)."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: tuple[int, int, int], time_stride: int = 1) -> None:
         super().__init__()
@@ -126,8 +168,15 @@ class CausalConv3d(nn.Module):
             in_channels, out_channels, kernel, stride=(time_stride, 1, 1), padding=(0, kernel[1] // 2, kernel[2] // 2)
         )
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return self.conv(F.pad(x_BCTHW, (0, 0, 0, 0, 2, 0)))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        """With `past`, the frames before are those of the last call with it (zeros in the first)."""
+        if past is not None and self in past:
+            x_BCTHW = torch.cat((past[self], x_BCTHW), dim=2)
+        else:
+            x_BCTHW = F.pad(x_BCTHW, (0, 0, 0, 0, CAUSAL_FRAMES, 0))
+        if past is not None:
+            past[self] = x_BCTHW[:, :, -CAUSAL_FRAMES:].clone()  # a view would keep the whole piece
+        return self.conv(x_BCTHW)
 
 
 class TemporalDownsample(nn.Module):
@@ -137,8 +186,8 @@ class TemporalDownsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, (4, 3, 3), time_stride=2)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return self.conv(x_BCTHW)
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        return self.conv(x_BCTHW, past)
 
 
 class TemporalUpsample(nn.Module):
@@ -148,8 +197,8 @@ class TemporalUpsample(nn.Module):
         super().__init__()
         self.conv = CausalConv3d(channels, channels, (3, 3, 3))
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        return self.conv(x_BCTHW.repeat_interleave(2, dim=2))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        return self.conv(x_BCTHW.repeat_interleave(2, dim=2), past)
 
 
 class TemporalResBlock(nn.Module):
@@ -162,6 +211,6 @@ class TemporalResBlock(nn.Module):
         self.norm2 = nn.BatchNorm3d(channels)
         self.conv2 = CausalConv3d(channels, channels, (3, 3, 3))
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
-        h_BCTHW = self.conv1(F.silu(self.norm1(x_BCTHW)))
-        return x_BCTHW + self.conv2(F.silu(self.norm2(h_BCTHW)))
+    def forward(self, x_BCTHW: Tensor, past: Past | None = None) -> Tensor:
+        h_BCTHW = self.conv1(activated(self.norm1, x_BCTHW), past)
+        return x_BCTHW + self.conv2(activated(self.norm2, h_BCTHW), past)

@@ -8,6 +8,7 @@ Source: github.com/baaivision/Emu3 emu3/tokenizer/modeling_emu3visionvq.py, cite
 
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +24,23 @@ from megatron_ext.vision.blocks import (
     Downsample,
     MiddleBlock,
     Norm,
+    Past,
     ResnetBlock,
     SpatialNorm,
     TemporalDownsample,
     TemporalResBlock,
     TemporalUpsample,
     Upsample,
+    activated,
 )
 from megatron_ext.vision.quantizer import QuantizerName, build_quantizer
 
 PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": "bicubic", "clips": "chunks"}
 """What turns a picture of any size into the network's input and a clip into calls: part of a tokenizer's identity."""
+
+PIXELS_AT_ONCE = 1 << 18
+"""Pixels that go through a 2D network together where no gradient is wanted: frames are independent there, and 512 x 512
+keep any processor busy. The widest maps of Emu3's decoder take 5 KB a pixel in fp32, here 1.3 GB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +155,19 @@ class Encoder(nn.Module):
 
     def frames(self, pixels_NCHW: Tensor) -> Tensor:
         """The 2D part: latents [N, Z, h, w] of single frames."""
-        h_NCHW = self.conv_in(pixels_NCHW)
+        h_NCHW = self.conv_in(pixels_NCHW.contiguous(memory_format=torch.channels_last))
         for stage in self.down:
             h_NCHW = _run_stage(stage, h_NCHW)
             if hasattr(stage, "downsample"):
                 h_NCHW = stage.downsample(h_NCHW)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h_NCHW))))
+        return self.conv_out(activated(self.norm_out, self.mid(h_NCHW)))
 
-    def time(self, h_BZThw: Tensor) -> Tensor:
-        """The temporal part: [B, Z, t, h, w] with t = T / temporal factor."""
+    def time(self, h_BZThw: Tensor, past: Past | None = None) -> Tensor:
+        """The temporal part: [B, Z, t, h, w] with t = T / temporal factor; after the frames that `past` remembers."""
         for conv in self.time_conv:
-            h_BZThw = F.silu(conv(h_BZThw))
+            h_BZThw = F.silu(conv(h_BZThw, past))
         for block in self.time_res_stack:
-            h_BZThw = block(h_BZThw)
+            h_BZThw = block(h_BZThw, past)
         return h_BZThw
 
 
@@ -189,22 +196,31 @@ class Decoder(nn.Module):
         self.norm_out = SpatialNorm(width, z)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def time(self, h_BZthw: Tensor) -> Tensor:
+    def time(self, h_BZthw: Tensor, past: Past | None = None) -> Tensor:
         """The temporal part, the same layers for the latent and for the map that conditions the norms."""
         for block in self.time_res_stack:
-            h_BZthw = block(h_BZthw)
+            h_BZthw = block(h_BZthw, past)
         for conv in self.time_conv:
-            h_BZthw = F.silu(conv(h_BZthw))
+            h_BZthw = F.silu(conv(h_BZthw, past))
         return h_BZthw
 
     def frames(self, h_NZhw: Tensor, zq_NZhw: Tensor) -> Tensor:
         """The 2D part: pixels [N, C, H, W] of single frames."""
+        h_NZhw, zq_NZhw = (x.contiguous(memory_format=torch.channels_last) for x in (h_NZhw, zq_NZhw))
         h_NCHW = self.mid(self.conv_in(h_NZhw), zq_NZhw)
         for stage in reversed(self.up):
             h_NCHW = _run_stage(stage, h_NCHW, zq_NZhw)
             if hasattr(stage, "upsample"):
                 h_NCHW = stage.upsample(h_NCHW)
-        return self.conv_out(F.silu(self.norm_out(h_NCHW, zq_NZhw)))
+        return self.conv_out(activated(self.norm_out, h_NCHW, zq_NZhw))
+
+
+def _few_at_once(network: Callable[..., Tensor], maps: Sequence[Tensor], pixels: int) -> Tensor:
+    """`network` of maps of N frames of `pixels` pixels each, PIXELS_AT_ONCE where no gradient is wanted."""
+    if torch.is_grad_enabled():
+        return network(*maps)
+    parts = zip(*(x.split(max(1, PIXELS_AT_ONCE // pixels)) for x in maps), strict=True)
+    return torch.cat([network(*part).contiguous() for part in parts])
 
 
 class MoVQGAN(nn.Module):
@@ -225,6 +241,8 @@ class MoVQGAN(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Conv3d)):  # E3:734-746; the biases keep torch's default, as there
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, nn.Conv2d):  # as the maps lie
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     @property
     def identity(self) -> str:
@@ -239,32 +257,34 @@ class MoVQGAN(nn.Module):
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
 
-    def latents(self, pixels: Tensor) -> Tensor:
+    def latents(self, pixels: Tensor, past: Past | None = None) -> Tensor:
         """Vectors before quantisation, [B, D, t, h, w], of pictures [B, C, H, W] (t = 1) or clips [B, T, C, H, W].
+
+        `past` remembers the end of a clip for its next piece, and is written to.
 
         Raises:
             InputError: sides that are no multiple of the spatial factor, frames that are none of the temporal one.
         """
         self._check_size(pixels)
+        frames_NCHW = pixels if pixels.ndim == 4 else pixels.flatten(0, 1)
+        area = pixels.shape[-2] * pixels.shape[-1]
+        frames_NZhw = _few_at_once(self.encoder.frames, (frames_NCHW,), area)
         if pixels.ndim == 4:
-            frames_BZhw = self.encoder.frames(pixels)
-            h_BZThw = frames_BZhw.unsqueeze(2).expand(-1, -1, self.config.temporal_downsample_factor, -1, -1)
+            h_BZThw = frames_NZhw.unsqueeze(2).expand(-1, -1, self.config.temporal_downsample_factor, -1, -1)
         else:
-            frames_BTZhw = self.encoder.frames(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
-            h_BZThw = frames_BTZhw.transpose(1, 2)
-        return self.quant_conv(self.encoder.time(h_BZThw))
+            h_BZThw = frames_NZhw.unflatten(0, pixels.shape[:2]).transpose(1, 2)
+        return self.quant_conv(self.encoder.time(h_BZThw, past), past)
 
-    def render(self, quantized_BDthw: Tensor) -> Tensor:
-        """All frames [B, T, C, H, W] of quantised vectors."""
-        h_BZThw, zq_BZThw = self._decoded_in_time(quantized_BDthw)
+    def render(self, quantized_BDthw: Tensor, past: Past | None = None) -> Tensor:
+        """All frames [B, T, C, H, W] of quantised vectors; `past` as in `latents`."""
+        h_BZThw, zq_BZThw = self._decoded_in_time(quantized_BDthw, past)
         batch, _, frames = h_BZThw.shape[:3]
-        h_NZhw, zq_NZhw = (x.transpose(1, 2).flatten(0, 1) for x in (h_BZThw, zq_BZThw))
-        return self.decoder.frames(h_NZhw, zq_NZhw).unflatten(0, (batch, frames))
+        maps = [x.transpose(1, 2).flatten(0, 1) for x in (h_BZThw, zq_BZThw)]
+        return self._draw(maps).unflatten(0, (batch, frames))
 
     def render_first_frame(self, quantized_BDthw: Tensor) -> Tensor:
         """The first frame [B, C, H, W] of quantised vectors, without drawing the others."""
-        h_BZThw, zq_BZThw = self._decoded_in_time(quantized_BDthw)
-        return self.decoder.frames(h_BZThw[:, :, 0], zq_BZThw[:, :, 0])
+        return self._draw([x[:, :, 0] for x in self._decoded_in_time(quantized_BDthw)])
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -279,6 +299,28 @@ class MoVQGAN(nn.Module):
             return self.render_first_frame(self.quantize.lookup(codes.unsqueeze(1)))
         return self.render(self.quantize.lookup(codes))
 
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Codes [B, t, h, w] of each piece [B, T, C, H, W] of a clip: together those of `encode` of the whole clip.
+
+        Memory depends on the piece, not on the clip. In evaluation mode: batch norms that are trained see a piece.
+
+        Raises:
+            InputError: a piece is no clip, or not a multiple of the temporal factor.
+        """
+        past: Past = {}
+        for pixels_BTCHW in pieces:
+            if pixels_BTCHW.ndim != 5:
+                raise InputError(f"piece of shape {tuple(pixels_BTCHW.shape)}: must be a clip [B, T, C, H, W]")
+            yield self.quantize.nearest(self.latents(pixels_BTCHW, past))
+
+    @torch.no_grad()
+    def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Clips [B, T, C, H, W] of the codes [B, t, h, w] of each piece: together `decode` of all codes."""
+        past: Past = {}
+        for codes_Bthw in pieces:
+            yield self.render(self.quantize.lookup(codes_Bthw), past)
+
     def encode_chunks(self, pixels_BTCHW: Tensor) -> Tensor:
         """Codes [B, t, h, w] of clips, each group of temporal_downsample_factor frames on its own.
 
@@ -292,10 +334,14 @@ class MoVQGAN(nn.Module):
         """Clips [B, T, C, H, W] of codes made by `encode_chunks`."""
         return torch.cat([self.decode(codes) for codes in codes_Bthw.split(1, dim=1)], dim=1)
 
-    def _decoded_in_time(self, quantized_BDthw: Tensor) -> tuple[Tensor, Tensor]:
+    def _decoded_in_time(self, quantized_BDthw: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Latent and condition after the temporal layers, which take both as one batch (batch norm sees both)."""
-        both = torch.cat((self.post_quant_conv(quantized_BDthw), quantized_BDthw))
-        return self.decoder.time(both).chunk(2)
+        both = torch.cat((self.post_quant_conv(quantized_BDthw, past), quantized_BDthw))
+        return self.decoder.time(both, past).chunk(2)
+
+    def _draw(self, maps: Sequence[Tensor]) -> Tensor:
+        """Pixels [N, C, H, W] of latent and condition."""
+        return _few_at_once(self.decoder.frames, maps, maps[0][0, 0].numel() * self.config.spatial_factor**2)
 
     def _check_size(self, pixels: Tensor) -> None:
         factor = self.config.spatial_factor
