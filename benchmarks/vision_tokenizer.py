@@ -108,7 +108,8 @@ class Ours:
         with torch.no_grad():
             latents = self.model.latents(torch.rand(1, 3, 64, 64) * 2 - 1)
             self.model.quantize.embedding.weight.normal_().mul_(latents.std()).add_(latents.mean())
-            self.model.decoder.conv_out.weight.mul_(0.03)
+            codes = torch.randint(0, len(self.model.quantize.embedding.weight), (1, 2, 8, 8))
+            self.model.decoder.conv_out.weight.mul_(0.5 / self.model.decode(codes).std())
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.model.encode(pixels)

@@ -6,6 +6,7 @@
 from megatron_ext.hf.convert import (
     decoder_tensors,
     is_hf_folder,
+    load_any_vision_tokenizer,
     load_decoder_weights,
     load_vision_from_hf,
     model_section,
@@ -20,6 +21,7 @@ from megatron_ext.hf.convert import (
 __all__ = [
     "decoder_tensors",
     "is_hf_folder",
+    "load_any_vision_tokenizer",
     "load_decoder_weights",
     "load_vision_from_hf",
     "model_section",

@@ -27,6 +27,9 @@ TEXT_PREFIX = "text_model."
 VISION_PREFIX = "vqmodel."
 """Where `Emu3ForConditionalGeneration` stores its parts (transformers conversion_mapping.py, "emu3")."""
 
+VISION_MODEL_TYPE = "emu3_vqgan"
+"""transformers' `Emu3VQVAE`, stored on its own."""
+
 VISION_FOLDER = "vision_tokenizer"
 """Sub-folder with the vision tokenizer, in BAAI's layout, where the model's own class has no place for one."""
 
@@ -66,13 +69,17 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         InputError: no such file, not JSON, or another model type.
     """
     path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give the folder of a Hugging Face model") from None
+    config = _read_json(path)
     if str(config.get("model_type")).lower() not in MODEL_TYPES:
         raise InputError(f"{path}: model_type is {config.get('model_type')!r}, must be one of {', '.join(MODEL_TYPES)}")
     return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give the folder of a Hugging Face model") from None
 
 
 def read_shape(folder: str | Path) -> DecoderShape:
@@ -188,11 +195,28 @@ def load_vision_from_hf(folder: str | Path) -> MoVQGAN:
             f"{folder}: config.json has no vq_config and there is no {VISION_FOLDER}/: this folder holds no vision "
             "tokenizer; give its own folder"
         )
+    return _load_vision(folder, config["vq_config"], VISION_PREFIX)
+
+
+def load_any_vision_tokenizer(folder: str | Path) -> MoVQGAN:
+    """The vision tokenizer of a folder of ours, of BAAI's, of transformers' `Emu3VQVAE`, or of a whole Emu3 model.
+
+    Raises:
+        InputError: the folder holds none of them.
+    """
+    model_type = _read_json(Path(folder) / "config.json").get("model_type")
+    if model_type == VISION_MODEL_TYPE:
+        return _load_vision(folder, _read_json(Path(folder) / "config.json"), "")
+    if str(model_type).lower() in MODEL_TYPES:
+        return load_vision_from_hf(folder)
+    return load_vision_tokenizer(folder)
+
+
+def _load_vision(folder: str | Path, fields: dict[str, Any], prefix: str) -> MoVQGAN:
+    """A tokenizer of transformers' fields, from tensors whose names start with `prefix`."""
     reader = WeightsReader(folder)
-    theirs = {
-        name.removeprefix(VISION_PREFIX): reader[name] for name in reader.names() if name.startswith(VISION_PREFIX)
-    }
-    tokenizer = MoVQGAN(vision_config(config["vq_config"]))
+    theirs = {name.removeprefix(prefix): reader[name] for name in reader.names() if name.startswith(prefix)}
+    tokenizer = MoVQGAN(vision_config(fields))
     try:
         ours = vision_table().to_ours(theirs)
         tokenizer.load_state_dict({name: tensor.whole() for name, tensor in ours.items()})

@@ -38,9 +38,9 @@ from megatron_ext.vision.quantizer import QuantizerName, build_quantizer
 PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": "bicubic", "clips": "chunks"}
 """What turns a picture of any size into the network's input and a clip into calls: part of a tokenizer's identity."""
 
-PIXELS_AT_ONCE = 1 << 18
-"""Pixels that go through a 2D network together where no gradient is wanted: frames are independent there, and 512 x 512
-keep any processor busy. The widest maps of Emu3's decoder take 5 KB a pixel in fp32, here 1.3 GB."""
+PIXELS_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 20}
+"""Pixels that go through a 2D network together where no gradient is wanted; frames are independent there. One frame of
+256 x 256 keeps a CPU busy, a GPU wants more. The widest maps of Emu3's decoder take 5 KB a pixel in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,8 @@ def _few_at_once(network: Callable[..., Tensor], maps: Sequence[Tensor], pixels:
     """`network` of maps of N frames of `pixels` pixels each, PIXELS_AT_ONCE where no gradient is wanted."""
     if torch.is_grad_enabled():
         return network(*maps)
-    parts = zip(*(x.split(max(1, PIXELS_AT_ONCE // pixels)) for x in maps), strict=True)
+    limit = PIXELS_AT_ONCE["cpu" if maps[0].device.type == "cpu" else "other"]
+    parts = zip(*(x.split(max(1, limit // pixels)) for x in maps), strict=True)
     return torch.cat([network(*part).contiguous() for part in parts])
 
 
