@@ -313,7 +313,7 @@ class MoVQGAN(nn.Module):
         for pixels_BTCHW in pieces:
             if pixels_BTCHW.ndim != 5:
                 raise InputError(f"piece of shape {tuple(pixels_BTCHW.shape)}: must be a clip [B, T, C, H, W]")
-            yield self.quantize.nearest(self.latents(pixels_BTCHW, past))
+            yield self.quantize.assign(self.latents(pixels_BTCHW, past))
 
     @torch.no_grad()
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
