@@ -11,6 +11,7 @@ interruption, the same command goes on. Prints a table of medians and spreads.
 
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -265,6 +266,19 @@ def write(path: Path, runs: list[dict[str, Any]]) -> None:
     os.replace(temporary, path)
 
 
+def expected_seconds(records: dict[str, list[dict]], case: str) -> float:
+    """What a pair of `case` took before, or, by the number of pixels, the slowest of the other cases; 0 at first."""
+    known = {case: records[case]} if records[case] else records
+    return max(
+        (
+            record["pair_seconds"] * math.prod(CASES[case]) / math.prod(CASES[name])
+            for name, found in known.items()
+            for record in found
+        ),
+        default=0.0,
+    )
+
+
 def fill(run: dict[str, Any], cases: tuple[str, ...], config: BenchmarkConfig, save: Callable[[], None]) -> bool:
     """Add pairs to `run` until every case has enough, the cases in turn; False when the time is up before."""
     started = time.monotonic()
@@ -279,8 +293,7 @@ def fill(run: dict[str, Any], cases: tuple[str, ...], config: BenchmarkConfig, s
     pair = Pair(config)
     try:
         for case in wanted:
-            before = max((record["pair_seconds"] for record in records[case]), default=0.0)
-            if time.monotonic() - started + before > 60 * config.minutes:
+            if time.monotonic() - started + expected_seconds(records, case) > 60 * config.minutes:
                 return False
             began = time.monotonic()
             record = pair.measure(CASES[case], len(records[case]))
