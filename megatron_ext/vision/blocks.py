@@ -1,8 +1,8 @@
 """Layers of the Emu3 vision tokenizer, 2D per frame and causal 3D over time, under the names of BAAI's checkpoint.
 
-What is fast here, and exact: maps of the 2D networks lie channels last, which spares convolutions on CPUs their
-reordering; nothing of the size of a map is made twice where no gradient is wanted, because at high resolution fresh
-memory costs as much time as the arithmetic.
+What is fast here, and exact: weights and maps of the 2D networks lie channels last, which spares convolutions on CPUs
+their reordering; nothing of the size of a map is made twice where no gradient is wanted, because at high resolution
+fresh memory costs as much time as the arithmetic.
 
 Shapes: B batch, N frames of a whole batch, T frames in time, C channels, H W grid, h w grid of codes; Z channels of the
 quantised map.
@@ -29,7 +29,9 @@ class Norm(nn.GroupNorm):
         super().__init__(NUM_GROUPS, channels, eps=NORM_EPS)
 
     def forward(self, x_NCHW: Tensor, zq_NZhw: Tensor | None = None) -> Tensor:
-        return super().forward(x_NCHW)
+        # torch's backward pass of channels-last maps takes 50 times as long on a CPU as that of plain ones; on a GPU
+        # the forward pass makes them plain anyway.
+        return super().forward(x_NCHW.contiguous() if torch.is_grad_enabled() else x_NCHW)
 
 
 class SpatialNorm(nn.Module):
@@ -42,15 +44,17 @@ class SpatialNorm(nn.Module):
         self.conv_b = nn.Conv2d(condition_channels, channels, 1)
 
     def forward(self, x_NCHW: Tensor, zq_NZhw: Tensor) -> Tensor:
-        """Upstream enlarges zq before the convolutions; 1x1 convolutions commute with nearest resizing, the small
-        grid costs less, and its values are broadcast to their pixels instead of being copied there."""
-        cells = [size // codes for size, codes in zip(x_NCHW.shape[-2:], zq_NZhw.shape[-2:], strict=True)]
-        scale, shift = (conv(zq_NZhw).unsqueeze(3).unsqueeze(5) for conv in (self.conv_y, self.conv_b))
+        """Upstream enlarges zq before the convolutions; 1x1 convolutions commute with nearest resizing, and the small
+        grid costs less. Without gradient its values are broadcast to their pixels instead of being copied there."""
+        scale, shift = self.conv_y(zq_NZhw), self.conv_b(zq_NZhw)
+        if torch.is_grad_enabled():  # sums over broadcast pixels are slower backwards than those of interpolate
+            size = x_NCHW.shape[-2:]
+            scale, shift = (F.interpolate(x, size=size, mode="nearest") for x in (scale, shift))
+            return torch.addcmul(shift, self.norm_layer(x_NCHW), scale)
+        cells = [pixels // codes for pixels, codes in zip(x_NCHW.shape[-2:], zq_NZhw.shape[-2:], strict=True)]
         normed = self.norm_layer(x_NCHW).unflatten(3, (-1, cells[1])).unflatten(2, (-1, cells[0]))
-        if torch.is_grad_enabled():
-            normed = torch.addcmul(shift, normed, scale)
-        else:
-            torch.addcmul(shift, normed, scale, out=normed)
+        scale, shift = (x.unsqueeze(3).unsqueeze(5) for x in (scale, shift))
+        torch.addcmul(shift, normed, scale, out=normed)
         return normed.flatten(4, 5).flatten(2, 3)
 
 

@@ -23,7 +23,11 @@ CONFIG = VisionTokenizerConfig(codebook_size=512, ch=32)
 
 @pytest.fixture(scope="module")
 def models():
-    return pair(CONFIG)
+    return [model.double() for model in pair(CONFIG)]
+
+
+def random_pixels(*shape: int) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -46,11 +50,12 @@ def their_encode(model, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def test_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(models):
     ours, theirs = models
-    pixels = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    pixels = random_pixels(1, 3, SIDE, SIDE)
     codes = ours.encode(pixels)
+    print(f"pixels {(ours.decode(codes) - theirs.decode(codes)).abs().max():.1e}")
     assert len(codes.unique()) > 40 and torch.equal(codes, their_encode(theirs, pixels))
-    # Measured 1.5e-6: our upsampling adds taps before it multiplies, everything else is the same arithmetic.
-    torch.testing.assert_close(ours.decode(codes), theirs.decode(codes), rtol=0, atol=1e-5)
+    # Measured 3e-14 (2e-5 in fp32): our upsampling adds taps before it multiplies.
+    torch.testing.assert_close(ours.decode(codes), theirs.decode(codes), rtol=0, atol=1e-11)
     encode = flops(lambda: their_encode(theirs, pixels)) / flops(lambda: ours.encode(pixels))
     decode = flops(lambda: theirs.decode(codes)) / flops(lambda: ours.decode(codes))
     print(f"multiplications of encode / {encode:.2f}, of decode / {decode:.2f}")
@@ -59,7 +64,7 @@ def test_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(model
 
 def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplications(models):
     ours, theirs = models
-    pixels = torch.rand(1, 3, SIDE, SIDE) * 2 - 1
+    pixels = random_pixels(1, 3, SIDE, SIDE)
 
     def our_step() -> None:
         F.mse_loss(ours.render_first_frame(ours.latents(pixels)), pixels).backward()
@@ -74,11 +79,11 @@ def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplic
     gradient = {name: weight.grad for name, weight in ours.named_parameters() if weight.grad is not None}
     print(f"multiplications of a training step / {ratio:.2f}")
     assert ratio >= 3.5  # measured 4.37
-    # The same loss: the widest convolution's gradient, measured 3e-7 of its largest value.
+    # The same loss: the gradient of a kernel deep in the decoder, measured 1e-13 of its largest value.
     expected = theirs.decoder.up_block.up[3].block[0].conv1.weight.grad
-    torch.testing.assert_close(
-        gradient["decoder.up.3.block.0.conv1.weight"], expected, rtol=0, atol=1e-5 * expected.abs().max().item()
-    )
+    error = (gradient["decoder.up.3.block.0.conv1.weight"] - expected).abs().max() / expected.abs().max()
+    print(f"gradient {error:.1e}")
+    assert error < 1e-9
 
 
 @pytest.mark.parametrize("frames", [1, 4])
@@ -86,7 +91,7 @@ def test_training_on_a_still_takes_less_than_a_third_and_a_half_of_the_multiplic
 def test_live_memory_is_at_most_a_third(models, frames, monkeypatch):
     monkeypatch.setitem(PIXELS_AT_ONCE, "cpu", SIDE**2)  # frames one by one, as those of 256 x 256 are
     ours, theirs = models
-    pixels = torch.rand(1, frames, 3, SIDE, SIDE) * 2 - 1
+    pixels = random_pixels(1, frames, 3, SIDE, SIDE)
     pixels = pixels.squeeze(1) if frames == 1 else pixels
     codes = ours.encode(pixels)
     encode = live_bytes(lambda: ours.encode(pixels)) / live_bytes(lambda: their_encode(theirs, pixels))
