@@ -55,7 +55,7 @@ def test_verdicts(finished: Path) -> None:
         (True, "+1.60 dB; trained on the squared error alone +1.90 dB"),
         (True, "3,900 of 4,096 on all photographs"),
         (True, "0.4000 against 0.5000 (EfficientNet-Lite0 distance)"),
-        (True, "31m 40s"),
+        (True, "31m40s"),
     ]
 
 
