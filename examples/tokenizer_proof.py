@@ -4,7 +4,8 @@ Fetches photographs, trains a small tokenizer on the mean squared error, goes on
 of steps, on the same error alone and with the perceptual loss, and evaluates both on photographs that were held out.
 The curve, the tables and the grid go to docs/tokenizer_proof/, the tables into docs/tokenizer.md as well.
 
-Every command is printed before it runs. Each takes up what is there, so that an interrupted proof goes on.
+Every command is printed before it runs. Each takes up what is there, so that an interrupted proof goes on. How many
+steps fit into `minutes` on this machine is measured first, and kept in runs/tokenizer_proof/steps.json.
 """
 
 import json
@@ -12,6 +13,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -27,6 +29,7 @@ from megatron_ext.observe import read_json_lines
 from megatron_ext.observe.writers import duration
 
 ROOT = Path("runs/tokenizer_proof")
+MEDIA = ROOT / "media"
 DOCS = Path("docs/tokenizer_proof")
 PAGE = Path("docs/tokenizer.md")
 BEGIN, END = "<!-- proof: written by examples/tokenizer_proof.py -->", "<!-- end of proof -->"
@@ -38,6 +41,15 @@ CONFIGS = {
     PERCEPTUAL: ("examples/movqgan_proof.yaml", "examples/movqgan_proof_perceptual.yaml"),
 }
 SIZE = 256
+
+COMMON_SHARE = 0.6
+"""Share of the minutes for the first part: small crops, on which most is learnt in the least time."""
+
+RESTART_SHARE = 0.6
+"""Share of the second part's steps with restarts of dead codes; then they settle."""
+
+TRIAL_STEPS = 24
+SLOW_STEPS = 4  # the first ones decode, allocate and choose kernels
 
 TARGET_DB, TARGET_USED, TARGET_CODES, TARGET_SECONDS = 1.5, 0.8, 4096, 3600
 
@@ -55,6 +67,10 @@ class ProofConfig:
     fresh: bool = False
     """Train anew; fetched media stay."""
 
+    minutes: float = 57.0
+    """Minutes that each of the two tokenizers trains, the part that they share included; the hour of the aim less what
+    steps may turn out slower than in the trial."""
+
     num_threads: int = 0
     """CPU threads of the trainings; 0 takes all cores."""
 
@@ -62,26 +78,70 @@ class ProofConfig:
     """Interpreter that runs the programs."""
 
 
-def commands(config: ProofConfig) -> list[list[str]]:
-    """The whole proof, one program after the other."""
-    train = [config.python, "-m", "tokenizer_train.vision.train"]
+def train_command(config: ProofConfig, name: str, *options: str) -> list[str]:
+    """The training `name`, with further options."""
+    files = [part for file in CONFIGS[name] for part in ("--config", file)]
+    threads = ["--train.num_threads", str(config.num_threads)]
+    return [config.python, "-m", "tokenizer_train.vision.train", *files, *threads, *options]
+
+
+def step_counts(config: ProofConfig) -> dict[str, int]:
+    """Steps of each training: those of an earlier start, or as many as a short trial says fit into the minutes."""
+    path = ROOT / "steps.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    seconds = {}
+    for name in (COMMON, PERCEPTUAL):
+        folder = ROOT / f"trial_{name}"
+        shutil.rmtree(folder, ignore_errors=True)
+        run_all([trial_command(config, name, folder)])
+        records = [record for record in read_json_lines(folder / "metrics.jsonl") if "loss_l2" in record]
+        seconds[name] = statistics.mean(record["timing"]["step_seconds"] for record in records[SLOW_STEPS:])
+    return divide(config.minutes * 60, seconds, path)
+
+
+def trial_command(config: ProofConfig, name: str, folder: Path) -> list[str]:
+    """A few steps of a training, with quantisation from the first on, from random weights."""
+    changes = {
+        "observe.run_dir": folder, "train.train_steps": TRIAL_STEPS, "checkpoint.init_from": "null",
+        "codebook.start_step": 0, "codebook.kmeans_batches": 4, "codebook.restart_until_step": 0,
+        "optim.lr_warmup_steps": 1, "train.eval_samples": 1,
+    }  # fmt: skip
+    options = [part for key, value in changes.items() for part in (f"--{key}", str(value))]
+    return train_command(config, name, *options)
+
+
+def divide(total_s: float, seconds: dict[str, float], path: Path) -> dict[str, int]:
+    """Steps of the two parts for so many seconds of training at so many seconds a step; also written to `path`."""
+    common, second = COMMON_SHARE * total_s / seconds[COMMON], (1 - COMMON_SHARE) * total_s / seconds[PERCEPTUAL]
+    counts = {COMMON: int(common), L2: int(second), PERCEPTUAL: int(second)}
+    _replace(path, json.dumps(counts) + "\n")
+    times = ", ".join(f"{name} {1e3 * value:.0f} ms" for name, value in seconds.items())
+    print(f"a step takes: {times}; steps for {duration(total_s)} each: {counts}", flush=True)
+    return counts
+
+
+def commands(config: ProofConfig, steps: dict[str, int]) -> list[list[str]]:
+    """The trainings and evaluations, one program after the other."""
     evaluate = [config.python, "-m", "tokenizer_train.vision.evaluate", "--sizes", f"[{SIZE}]"]
     tokenizers = [f"{name}={ROOT / name / 'tokenizer'}" for name in (L2, PERCEPTUAL)]
-    media = ROOT / "media"
+    held_out, train = str(MEDIA / "held_out"), str(MEDIA / "train")
+    until = {COMMON: steps[COMMON], **{name: int(RESTART_SHARE * steps[name]) for name in (L2, PERCEPTUAL)}}
+    trainings = [
+        train_command(
+            config, name, "--train.train_steps", str(count), "--codebook.restart_until_step", str(until[name])
+        )
+        for name, count in steps.items()
+    ]
     return [
-        [config.python, "examples/fetch_media.py", "--output", str(media)],
-        *(
-            [*train, *(part for file in files for part in ("--config", file)), "--train.num_threads", threads]
-            for files in CONFIGS.values()
-            for threads in [str(config.num_threads)]
-        ),
+        *trainings,
         [
-            *evaluate, "--inputs", json.dumps([str(media / "held_out")]), "--tokenizers", json.dumps(tokenizers),
+            *evaluate, "--inputs", json.dumps([held_out]), "--tokenizers", json.dumps(tokenizers),
             "--output", str(ROOT / "held_out"),
         ],
         [
-            *evaluate, "--inputs", json.dumps([str(media / "held_out"), str(media / "train")]), "--tokenizers",
-            json.dumps(tokenizers), "--output", str(ROOT / "all"), "--references", "false", "--grid_samples", "0",
+            *evaluate, "--inputs", json.dumps([held_out, train]), "--tokenizers", json.dumps(tokenizers),
+            "--output", str(ROOT / "all"), "--references", "false", "--grid_samples", "0",
         ],
     ]  # fmt: skip
 
@@ -228,7 +288,9 @@ def main(argv: list[str]) -> None:
     if config.fresh:
         for name in (*CONFIGS, "held_out", "all"):
             shutil.rmtree(ROOT / name, ignore_errors=True)
-    run_all(commands(config))
+        (ROOT / "steps.json").unlink(missing_ok=True)
+    run_all([[config.python, "examples/fetch_media.py", "--output", str(MEDIA)]])
+    run_all(commands(config, step_counts(config)))
     found = results()
     write_docs(found)
     for verdict in found["verdicts"]:

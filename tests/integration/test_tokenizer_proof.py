@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, load
 from tests.architecture.source import ROOT
+from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 
 _spec = importlib.util.spec_from_file_location("tokenizer_proof", ROOT / "examples" / "tokenizer_proof.py")
 proof = importlib.util.module_from_spec(_spec)
@@ -83,11 +84,28 @@ def test_the_page_is_written(finished: Path) -> None:
 
 
 def test_commands_name_what_exists() -> None:
-    for command in proof.commands(proof.ProofConfig()):
-        files = [part for part in command if part.endswith((".py", ".yaml"))]
-        modules = [command[2].replace(".", "/") + ".py"] if command[1] == "-m" else []
-        assert files or modules
-        assert all((ROOT / file).exists() for file in files + modules)
+    config = proof.ProofConfig(python="python")
+    all_commands = proof.commands(config, {"common": 10, "l2": 5, "perceptual": 5})
+    assert [command[2].rpartition(".")[2] for command in all_commands] == ["train"] * 3 + ["evaluate"] * 2
+    for command in all_commands:
+        files = [part for part in command if part.endswith(".yaml")]
+        assert all((ROOT / file).exists() for file in [*files, command[2].replace(".", "/") + ".py"])
+        if files:
+            read = load(VisionTokenizerTrainingConfig, [*command[3:], "--observe.log_interval=1"])
+            assert read.train.train_steps == (10 if len(files) == 1 else 5)
+            assert read.codebook.restart_until_step == (10 if len(files) == 1 else 3)
+            assert read.observe.run_dir.startswith(str(proof.ROOT))
+            assert len(files) == 1 or read.checkpoint.init_from == str(proof.ROOT / "common" / "tokenizer")
+    trial = load(VisionTokenizerTrainingConfig, proof.trial_command(config, "perceptual", Path("x"))[3:])
+    assert trial.checkpoint.init_from is None and trial.train.train_steps == proof.TRIAL_STEPS
+
+
+def test_steps_fill_the_minutes_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    proof.ROOT.mkdir(parents=True)
+    counts = proof.divide(3000, {"common": 0.2, "perceptual": 1.0}, proof.ROOT / "steps.json")
+    assert counts == {"common": 9000, "l2": 1200, "perceptual": 1200}
+    assert proof.step_counts(proof.ProofConfig(minutes=1)) == counts
 
 
 def test_a_failing_program_ends_it(capsys: pytest.CaptureFixture) -> None:
