@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from PIL import Image
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.observe import read_json_lines
@@ -47,6 +48,8 @@ COMMON_SHARE = 0.6
 
 RESTART_SHARE = 0.6
 """Share of the second part's steps with restarts of dead codes; then they settle."""
+
+GRID_QUALITY = 80
 
 TRIAL_STEPS = 24
 SLOW_STEPS = 4  # the first ones decode, allocate and choose kernels
@@ -219,10 +222,12 @@ def verdicts(
 
 
 def write_docs(found: dict[str, Any]) -> None:
-    """results.json, curve.svg and the grid in docs/tokenizer_proof; the tables in docs/tokenizer.md."""
+    """results.json, curve.svg and grid.jpg in docs/tokenizer_proof; the tables in docs/tokenizer.md."""
     DOCS.mkdir(exist_ok=True)
     _replace(DOCS / "results.json", json.dumps(found, indent=1) + "\n")
-    shutil.copyfile(ROOT / "held_out" / f"grid_{SIZE}.png", DOCS / "grid.png")
+    with Image.open(ROOT / "held_out" / f"grid_{SIZE}.png") as grid:
+        # The PNG has several megabytes, too many for a repository.
+        grid.convert("RGB").save(DOCS / "grid.jpg", quality=GRID_QUALITY)
     _save_curve(DOCS / "curve.svg")
     page = PAGE.read_text(encoding="utf-8")
     if BEGIN not in page or END not in page:
@@ -243,7 +248,7 @@ def _section(found: dict[str, Any]) -> list[str]:
             cells = (form.format(row[key]) if key in row else "" for key, _, form in columns)
             lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Measured on {found['threads']} CPU threads with torch {found['versions']['torch']}.", ""]
-    return [*lines, "![loss over steps](tokenizer_proof/curve.svg)", "", "![held out](tokenizer_proof/grid.png)", ""]
+    return [*lines, "![loss over steps](tokenizer_proof/curve.svg)", "", "![held out](tokenizer_proof/grid.jpg)", ""]
 
 
 def _save_curve(path: Path) -> None:
@@ -295,7 +300,7 @@ def main(argv: list[str]) -> None:
     write_docs(found)
     for verdict in found["verdicts"]:
         print(f"{'reached' if verdict['met'] else 'MISSED '}  {verdict['aim']}: {verdict['reached']}")
-    print(f"{PAGE}, {DOCS}/results.json, curve.svg, grid.png")
+    print(f"{PAGE}, {DOCS}/results.json, curve.svg, grid.jpg")
 
 
 if __name__ == "__main__":

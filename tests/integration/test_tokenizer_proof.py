@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from megatron_ext.config import InputError, load
 from tests.architecture.source import ROOT
@@ -43,7 +44,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rows in (("held_out", held_out), ("all", everything)):
         (proof.ROOT / name).mkdir()
         (proof.ROOT / name / "report.json").write_text(json.dumps({"rows": rows, **versions}))
-    (proof.ROOT / "held_out" / "grid_256.png").write_bytes(b"a grid")
+    Image.new("RGB", (32, 16), "red").save(proof.ROOT / "held_out" / "grid_256.png")
     proof.PAGE.parent.mkdir()
     proof.PAGE.write_text(f"before\n{proof.BEGIN}\nold\n{proof.END}\nafter\n")
     return tmp_path
@@ -74,7 +75,7 @@ def test_the_page_is_written(finished: Path) -> None:
     assert page.startswith(f"before\n{proof.BEGIN}\n") and page.endswith(f"{proof.END}\nafter\n") and "old" not in page
     assert "| more than 80% of at least 4,096 codes in use | 3,900 of 4,096 on all photographs | yes |" in page
     assert "| bicubic 8x | 0.188 | 22.00 | 0.5000 |  |  |  |" in page
-    assert (proof.DOCS / "grid.png").read_bytes() == b"a grid" and "<svg" in (proof.DOCS / "curve.svg").read_text()
+    assert Image.open(proof.DOCS / "grid.jpg").size == (32, 16) and "<svg" in (proof.DOCS / "curve.svg").read_text()
     assert json.loads((proof.DOCS / "results.json").read_text())["threads"] == 2
     proof.write_docs(proof.results())  # again
     assert proof.PAGE.read_text() == page
