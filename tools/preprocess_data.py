@@ -21,16 +21,8 @@ from megatron_ext.config import BadSamples, InputError, load, run_program
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.data.indexed import DocumentDataset, DocumentWriter
 from megatron_ext.data.report import dataset_report
-from megatron_ext.data.sources import (
-    NOT_UNICODE,
-    BadText,
-    MediaSample,
-    TextUnit,
-    TokenizedFolder,
-    find_text_files,
-    is_unicode,
-    read_texts,
-)
+from megatron_ext.data.sources import MediaSample, TokenizedFolder
+from megatron_ext.media.texts import NOT_UNICODE, BadText, TextUnit, find_text_files, is_unicode, read_texts
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Segment, Text, Vocabulary
 
@@ -62,7 +54,8 @@ class PreprocessConfig:
     """List of folders of tokenized pictures and clips, as tokenize_vision.py writes them."""
 
     text: tuple[str, ...] = ()
-    """List of glob patterns of UTF-8 text files (`**` for folders); .jsonl has a document per line in field text."""
+    """List of glob patterns of text files (`**` for folders): UTF-8, or .jsonl and .parquet with a document per row in
+    field text; each but .parquet also as .gz or .zst."""
 
     output_prefix: str
     """Path of the datasets without `_train`, `_valid` and suffix."""
@@ -80,8 +73,8 @@ class PreprocessConfig:
     """What a picture or clip without a caption is: a bad sample, or a document of its own."""
 
     max_bad_fraction: float = 0.01
-    """Largest share of pictures, clips and texts that may be unusable (no caption, not UTF-8, no text in a .jsonl
-    line); more of them stop."""
+    """Largest share of pictures, clips and texts that may be unusable (no caption, not UTF-8, no string in a row of
+    .jsonl or .parquet); more of them stop."""
 
     valid_fraction: float = 0.0
     """Share of the source keys held out; all documents of one picture fall on one side, whatever the seed."""

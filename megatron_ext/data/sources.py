@@ -1,19 +1,18 @@
-"""What documents are made of: folders of tokenized pictures and clips, and text files.
+"""Folders of tokenized pictures and clips.
 
 A tokenized folder holds manifest.json and tar shards in WebDataset's layout; a sample is KEY.codes.npy (unsigned
 integers [H, W] for a picture, [T, H, W] for a clip) and KEY.json (key, kind, captions, timing of a clip).
 """
 
-import glob
 import io
 import itertools
 import json
 import re
 import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -21,21 +20,6 @@ from megatron_ext.config import InputError
 from megatron_ext.vocab import Image, Video
 
 TOKENS_FORMAT_VERSION = 1
-
-TextUnit = Literal["line", "paragraph", "file"]
-"""What of a plain text file is one document; a paragraph ends at an empty line."""
-
-
-NOT_UNICODE = "not UTF-8: it has a broken byte or a lone surrogate"
-
-
-@dataclass(frozen=True)
-class BadText:
-    """A text that cannot be used."""
-
-    place: str
-    """File and first line."""
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -109,91 +93,6 @@ class TokenizedFolder:
                 f"{place} has visual code {codes.max()}, the codebook has {self.codebook_size}: tokenize again"
             )
         return MediaSample(key, media, captions)
-
-
-def find_text_files(patterns: Iterable[str]) -> list[Path]:
-    """The files that glob patterns (`**` for folders) match: each once, sorted.
-
-    Raises:
-        InputError: a pattern matches no file.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        files = {Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
-        if not files:
-            raise InputError(f"text {pattern!r} matches no file: check the path, relative to {Path.cwd()}")
-        found |= files
-    return sorted(found)
-
-
-def read_texts(path: Path, unit: TextUnit, on_read: Callable[[int], None]) -> Iterator[tuple[str, str] | BadText]:
-    """(source key, text) of each document of a text file; the key is the path, `#` and a number from 1.
-
-    A .jsonl file has a document per line, in field `text`. Blank texts are given too: the caller counts them. What is
-    not UTF-8, or no JSON object with a string `text`, comes as a BadText. `on_read` is told the bytes of each line.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            lines = _lines(file, on_read)
-            if path.suffix == ".jsonl":
-                units = ((line.number, _json_text(line.text)) for line in lines if line.text.strip())
-            else:
-                units = _units(lines, unit)
-            for number, (line_number, text) in enumerate(units, 1):
-                if text is None:
-                    yield BadText(f"{path}:{line_number}", "no JSON object with a string in field text")
-                elif not is_unicode(text):
-                    yield BadText(f"{path}:{line_number}", NOT_UNICODE)
-                else:
-                    yield f"{path.as_posix()}#{number}", text
-    except OSError as error:
-        raise InputError(f"cannot read text {path}: {error.strerror}") from None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written in UTF-8: a lone surrogate cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-class _Line(NamedTuple):
-    number: int
-    text: str
-
-
-def _lines(file: BinaryIO, on_read: Callable[[int], None]) -> Iterator[_Line]:
-    """The lines; bytes that are not UTF-8 become lone surrogates, so that the unit around them is found first."""
-    for number, line in enumerate(file, 1):
-        on_read(len(line))
-        yield _Line(number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape"))
-
-
-def _units(lines: Iterable[_Line], unit: TextUnit) -> Iterator[tuple[int, str]]:
-    """(first line, text) of each unit."""
-    if unit == "file":
-        yield 1, "".join(line.text for line in lines)
-    elif unit == "line":
-        yield from ((line.number, line.text.rstrip("\r\n")) for line in lines if line.text.strip())
-    else:
-        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line.text.strip())):
-            if has_text:
-                paragraph = list(group)
-                yield paragraph[0].number, "".join(line.text for line in paragraph).rstrip("\r\n")
-
-
-def _json_text(line: str) -> str | None:
-    """Field `text`; None where there is none."""
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
 
 
 def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:

@@ -1,4 +1,4 @@
-"""Pictures and clips: finding them, decoding them safely, bringing them to size."""
+"""Raw inputs: pictures and clips, found, decoded safely and brought to size; text corpora (module texts)."""
 
 from megatron_ext.media.clips import Clip, decode_clip, decode_frames
 from megatron_ext.media.errors import MediaError

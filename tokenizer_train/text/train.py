@@ -1,9 +1,9 @@
 """Train a SentencePiece text tokenizer: `python -m tokenizer_train.text.train --config FILE`.
 
-The same files and options give the same model, byte for byte, on any number of cores.
+The corpus is read once, as a stream; the same texts and options give the same model, byte for byte, on any number of
+cores and however the texts are spread over files.
 """
 
-import glob
 import hashlib
 import io
 import json
@@ -18,22 +18,35 @@ from pathlib import Path
 from typing import Literal
 
 import sentencepiece
+from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, load, run_program, writing
-from megatron_ext.media import MediaError, json_captions
-from megatron_ext.vocab import SentencePieceTokenizer, VocabLayout, Vocabulary
+from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
+from tokenizer_train.text.corpus import Corpus, CorpusFiles, sample_corpus
+from tokenizer_train.text.measure import as_records, measure, table
 
 # Fixed, not the machine's: unigram training adds up its threads' partial sums, so their number shows in the model.
 _NUM_THREADS = 16
+
+# The suffix array of unigram training counts characters in 32 bits.
+_LARGEST_SAMPLE = 2_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTokenizerTrainConfig:
     """Train a lossless SentencePiece text tokenizer: bytes as fallback, spaces kept, digits and `*` single tokens."""
 
-    input: tuple[str, ...]
-    """List of glob patterns (`**` for folders): UTF-8 text files, and img2dataset's .json (its captions are read)."""
+    input: tuple[str, ...] = ()
+    """List of glob patterns (`**` for folders) of UTF-8 text files, a document per line, and of .jsonl (.ndjson, .json)
+    and .parquet, a document per row; each but .parquet also as .gz or .zst."""
+
+    captions: tuple[str, ...] = ()
+    """List of glob patterns of folders in the layout of img2dataset's "files" output and of WebDataset tars; the
+    captions of their pictures and clips are read."""
+
+    text_field: str = "text"
+    """Key in JSON lines, and column of Parquet files, that holds the text."""
 
     output: str
     """Model file to write; a report is written beside it, with .json in place of its suffix."""
@@ -47,50 +60,34 @@ class TextTokenizerTrainConfig:
     character_coverage: float = 0.9995
     """Share of the corpus' characters, 0.98..1, that get a piece of their own; the rest is written in bytes."""
 
+    sample_bytes: int = 200_000_000
+    """UTF-8 bytes to train on at most; of a larger corpus that many are drawn line by line. See docs/tokenizer.md for
+    the memory and the time they take."""
+
+    held_out_fraction: float = 0.01
+    """Share of the documents that are not trained on but measured, chosen by a hash of their text; 0 measures none."""
+
+    held_out_bytes: int = 20_000_000
+    """UTF-8 bytes of held-out lines measured at most; of more, that many are drawn."""
+
+    seed: int = 1234
+    """Seed of the training sample; what is held out does not depend on it."""
+
     max_bad_fraction: float = 0.01
-    """Largest share of lines and caption files that may not be UTF-8 or JSON; they are skipped, more of them stop."""
+    """Largest share of documents that may not be UTF-8, JSON or strings; they are skipped, more of them stop."""
 
     def __post_init__(self) -> None:
+        if not self.input and not self.captions:
+            raise InputError("input and captions are both empty: give at least one pattern")
+        if not 0 <= self.held_out_fraction < 1:
+            raise InputError(f"held_out_fraction is {self.held_out_fraction}: give a share of at least 0 and below 1")
+        for name in ("sample_bytes", "held_out_bytes"):
+            if not 0 < getattr(self, name) <= _LARGEST_SAMPLE:
+                raise InputError(f"{name} is {getattr(self, name)}: give 1..{_LARGEST_SAMPLE:,} bytes")
         if not 0.98 <= self.character_coverage <= 1:
             raise InputError(f"character_coverage {self.character_coverage} is outside SentencePiece's 0.98..1")
         if Path(self.output).suffix == ".json":
             raise InputError(f"output {self.output!r} would be overwritten by its report: name it .model")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """What the input patterns found."""
-
-    files: tuple[Path, ...]
-    """Every matching file once, sorted."""
-
-    lines: tuple[str, ...]
-    """Their text, without empty lines."""
-
-    @property
-    def characters(self) -> int:
-        """Characters in all lines."""
-        return sum(map(len, self.lines))
-
-
-def read_corpus(patterns: tuple[str, ...], bad: BadSamples) -> Corpus:
-    """All lines of the files that `patterns` match; lines that are not UTF-8, and unreadable captions, go to `bad`.
-
-    Raises:
-        InputError: a pattern matches nothing, a file cannot be read, too much is bad, or there is no text at all.
-    """
-    files = set()
-    for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
-        if not any(match.is_file() for match in matches):
-            raise InputError(f"input {pattern!r} matches no file: check the path, relative to {Path.cwd()}")
-        files.update(match for match in matches if match.is_file())
-    ordered = tuple(sorted(files))
-    lines = tuple(line for path in ordered for line in _lines(path, bad) if line.strip())
-    bad.check(len(lines) + len(bad.reasons))
-    if not lines:
-        raise InputError(f"input: the {len(ordered)} matching files hold no text")
-    return Corpus(files=ordered, lines=lines)
 
 
 def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> bytes:
@@ -131,26 +128,29 @@ def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> byt
 
 
 def main(argv: list[str]) -> None:
-    """Read, train, check as `Vocabulary.load` will, write the model and its report."""
+    """Read, train, check as `Vocabulary.load` will, measure, write the model and its report."""
     config = load(TextTokenizerTrainConfig, argv, prog="python -m tokenizer_train.text.train")
     output = Path(config.output)
-    bad = BadSamples(config.max_bad_fraction)
-    corpus = read_corpus(config.input, bad)
-    for line in bad.lines():
-        print(line, flush=True)
-    print(f"read {len(corpus.files)} files: {len(corpus.lines):,} lines, {corpus.characters:,} characters", flush=True)
+    files = CorpusFiles.find(config.input, config.captions)
+    corpus = _read(files, config)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)
     started = time.monotonic()
     model = train_model(corpus.lines, config)
-    print(f"trained in {time.monotonic() - started:.2f} s", flush=True)
+    seconds = time.monotonic() - started
+    print(f"trained in {seconds:.2f} s", flush=True)
 
     tokenizer = SentencePieceTokenizer(model)
     Vocabulary(VocabLayout.custom(text_size=tokenizer.size, codebook_size=1), tokenizer)
-    report = _report(config, corpus, tokenizer)
+    rows = measure({"this model": tokenizer, "Qwen (Emu3's)": QwenTokenizer()}, corpus.held_out)
+    for line in table(rows) if rows else ["held out: no document, so nothing is measured"]:
+        print(line, flush=True)
+    report = _report(config, corpus, files, tokenizer) | {
+        "train_seconds": round(seconds, 2),
+        "held_out": as_records(rows),
+    }
     _write(output, model)
     _write(output.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
-    rate = report["characters_per_token"]
-    print(f"wrote {output}: {tokenizer.size:,} pieces, {rate} characters per token on this corpus", flush=True)
+    print(f"wrote {output}: {tokenizer.size:,} pieces", flush=True)
 
 
 def cli() -> None:
@@ -158,41 +158,48 @@ def cli() -> None:
     run_program(main)
 
 
-def _report(config: TextTokenizerTrainConfig, corpus: Corpus, tokenizer: SentencePieceTokenizer) -> dict[str, object]:
-    tokens = sum(map(len, tokenizer.encode_batch(corpus.lines)))
+def _read(files: CorpusFiles, config: TextTokenizerTrainConfig) -> Corpus:
+    """The corpus' samples; a line for each bad document, and one for what was read."""
+    bad = BadSamples(config.max_bad_fraction)
+    corpus = sample_corpus(
+        files.documents(config.text_field, bad, Console()),
+        seed=config.seed,
+        held_out_fraction=config.held_out_fraction,
+        sample_bytes=config.sample_bytes,
+        held_out_bytes=config.held_out_bytes,
+    )
+    bad.check(corpus.documents + len(bad.reasons))
+    if not corpus.lines:
+        raise InputError(f"input: the {corpus.documents:,} documents hold no text to train on")
+    for line in bad.lines():
+        print(line, flush=True)
+    part = f", drawn from more (sample_bytes {config.sample_bytes:,})" if corpus.is_sampled else ""
+    print(
+        f"read {corpus.documents:,} documents, {corpus.characters:,} characters: "
+        f"training on {len(corpus.lines):,} lines{part}, {len(corpus.held_out):,} lines held out",
+        flush=True,
+    )
+    return corpus
+
+
+def _report(
+    config: TextTokenizerTrainConfig, corpus: Corpus, files: CorpusFiles, tokenizer: SentencePieceTokenizer
+) -> dict[str, object]:
+    digest = hashlib.sha256()
+    for line in corpus.lines:
+        digest.update(line.encode() + b"\n")
     return {
-        "format_version": 1,
+        "format_version": 2,
         "identity": tokenizer.identity,
         "model_type": config.model_type,
         "pieces": tokenizer.size,
-        "files": len(corpus.files),
-        "lines": len(corpus.lines),
+        "files": len(files.texts) + len(files.media),
+        "documents": corpus.documents,
         "characters": corpus.characters,
-        "tokens": tokens,
-        "characters_per_token": round(corpus.characters / tokens, 3),
-        "corpus_sha256": hashlib.sha256("\n".join(corpus.lines).encode()).hexdigest(),
+        "lines": len(corpus.lines),
+        "lines_sha256": digest.hexdigest(),
+        "is_sampled": corpus.is_sampled,
     }
-
-
-def _lines(path: Path, bad: BadSamples) -> Iterator[str]:
-    """A file's lines; of JSON those of the captions."""
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".json":
-            yield from "\n".join(json_captions(content)).splitlines()
-            return
-    except OSError as error:
-        raise InputError(f"input: cannot read {path}: {error.strerror}") from None
-    except MediaError as error:
-        bad.add(str(path), str(error))
-        return
-    # A broken byte becomes a lone surrogate, which cannot be encoded again: it spoils its line, not the file.
-    for number, line in enumerate(content.decode("utf-8", errors="surrogateescape").splitlines(), 1):
-        try:
-            line.encode()
-            yield line
-        except UnicodeEncodeError:
-            bad.add(f"{path}:{number}", "not UTF-8")
 
 
 def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Exception:

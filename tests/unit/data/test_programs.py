@@ -163,9 +163,9 @@ def test_bad_samples_are_skipped_by_name_and_stop_above_their_fraction(inputs, c
         "skipped bare: it has no caption",
         f"skipped half: a caption is {unicode}",
         f"skipped {inputs}/prose.txt:3: {unicode}",
-        f"skipped {inputs}/web.jsonl:2: no JSON object with a string in field text",
+        f"skipped {inputs}/web.jsonl:2: no string in field text",
         f"skipped {inputs}/web.jsonl:3: {unicode}",
-        f"skipped {inputs}/web.jsonl:4: no JSON object with a string in field text",
+        f"skipped {inputs}/web.jsonl:4: no string in field text",
     ]
     keys = [key for key, _ in decoded(inputs / "out/set_train")]
     assert not {"bare", "half"} & set(keys) and "whole" in keys

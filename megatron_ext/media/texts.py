@@ -1,0 +1,171 @@
+"""Text corpora, document by document: plain text, JSON lines and Parquet; the first two also as .gz or .zst.
+
+Only the document at hand is in memory, of Parquet a batch of rows.
+"""
+
+import glob
+import gzip
+import io
+import itertools
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+from megatron_ext.config import InputError
+
+TextUnit = Literal["line", "paragraph", "file"]
+"""What of a plain text file is one document; a paragraph ends at an empty line."""
+
+NOT_UNICODE = "not UTF-8: it has a broken byte or a lone surrogate"
+
+_JSON_LINES = (".jsonl", ".ndjson", ".json")  # C4 and Dolma name their files .json.gz
+_ROWS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class BadText:
+    """A text that cannot be used."""
+
+    place: str
+    """File and first line, or row."""
+    reason: str
+
+
+def find_text_files(patterns: Iterable[str], *, option: str = "text") -> list[Path]:
+    """The files that glob patterns (`**` for folders) match: each once, sorted.
+
+    Raises:
+        InputError: a pattern matches no file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        files = {Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
+        if not files:
+            raise InputError(f"{option} {pattern!r} matches no file: check the path, relative to {Path.cwd()}")
+        found |= files
+    return sorted(found)
+
+
+def read_texts(
+    path: Path, unit: TextUnit, on_read: Callable[[int], None], *, field: str = "text"
+) -> Iterator[tuple[str, str] | BadText]:
+    """(source key, text) of each document of a text file; the key is the path, `#` and a number from 1.
+
+    Names decide: .parquet has a document per row in column `field`; .jsonl (.ndjson, .json) one per line in key
+    `field`; anything else is plain text, cut into documents by `unit`. A further .gz or .zst says how it is compressed.
+    Blank texts are given too: the caller counts them. What is not UTF-8, or has no string where the text should be,
+    comes as a BadText. `on_read` is told how many more of the file's bytes are done.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged, or a Parquet file has no such column of strings.
+    """
+    try:
+        documents = (
+            _parquet(path, field, on_read) if path.suffix == ".parquet" else _lines_of(path, unit, field, on_read)
+        )
+        for number, (place, text) in enumerate(documents, 1):
+            if text is None:
+                yield BadText(f"{path}:{place}", f"no string in field {field}")
+            elif not is_unicode(text):
+                yield BadText(f"{path}:{place}", NOT_UNICODE)
+            else:
+                yield f"{path.as_posix()}#{number}", text
+    except InputError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip raises the first three, pyarrow ValueErrors
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        raise InputError(f"cannot read text {path}: {reason}") from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written in UTF-8: a lone surrogate cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+class _Line(NamedTuple):
+    number: int
+    text: str
+
+
+def _lines_of(
+    path: Path, unit: TextUnit, field: str, on_read: Callable[[int], None]
+) -> Iterator[tuple[int, str | None]]:
+    """(first line, text) of each document of a text file or of JSON lines."""
+    compressed = path.suffix in (".gz", ".zst")
+    suffix = Path(path.stem).suffix if compressed else path.suffix
+    with path.open("rb") as raw, closing(_decompressed(raw, path.suffix)) as file:
+        lines = _lines(file, raw, on_read)
+        if suffix in _JSON_LINES:
+            yield from ((line.number, _json_text(line.text, field)) for line in lines if line.text.strip())
+        else:
+            yield from _units(lines, unit)
+
+
+def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".zst":
+        import pyarrow  # here: only who reads .zst or .parquet needs it
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
+    return raw
+
+
+def _lines(file: BinaryIO, raw: BinaryIO, on_read: Callable[[int], None]) -> Iterator[_Line]:
+    """The lines; bytes that are not UTF-8 become lone surrogates, so that the unit around them is found first."""
+    done = 0
+    for number, line in enumerate(file, 1):
+        position = raw.tell()
+        if position != done:
+            on_read(position - done)
+            done = position
+        yield _Line(number, line.decode("utf-8-sig" if number == 1 else "utf-8", errors="surrogateescape"))
+
+
+def _units(lines: Iterable[_Line], unit: TextUnit) -> Iterator[tuple[int, str]]:
+    """(first line, text) of each unit."""
+    if unit == "file":
+        yield 1, "".join(line.text for line in lines)
+    elif unit == "line":
+        yield from ((line.number, line.text.rstrip("\r\n")) for line in lines if line.text.strip())
+    else:
+        for has_text, group in itertools.groupby(lines, key=lambda line: bool(line.text.strip())):
+            if has_text:
+                paragraph = list(group)
+                yield paragraph[0].number, "".join(line.text for line in paragraph).rstrip("\r\n")
+
+
+def _json_text(line: str, field: str) -> str | None:
+    """A JSON object's string `field`; None where there is none."""
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return text if isinstance(text, str) else None
+
+
+def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
+    """(row from 1, text) of a Parquet file's column of strings."""
+    import pyarrow
+    import pyarrow.parquet
+
+    size = path.stat().st_size
+    with pyarrow.parquet.ParquetFile(path) as file:
+        types = {column.name: column.type for column in file.schema_arrow}
+        if types.get(field) not in (pyarrow.string(), pyarrow.large_string()):
+            found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+            raise InputError(f"{path} has no column {field!r} of strings; it has {found}")
+        rows, first = file.metadata.num_rows, 0
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[field]):
+            yield from enumerate(batch.column(0).to_pylist(), first + 1)
+            done = first + len(batch)
+            on_read(size * done // rows - size * first // rows)
+            first = done
