@@ -22,7 +22,7 @@ def resume_or_init(
     checkpoint.check_room()
     saved = checkpoint.load_latest()
     if saved is not None:
-        return TrainState(**saved)
+        return TrainState.from_dict(saved)
     if section.init_from is None:
         return TrainState()
     if topology.from_main(lambda: is_hf_folder(section.init_from)):

@@ -1,5 +1,6 @@
 """Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
 
+import dataclasses
 import math
 import time
 
@@ -51,6 +52,8 @@ class Trainer:
     def fit(self, state: TrainState) -> TrainState:
         """Train until the last step, the exit interval or a signal. The state reached is saved."""
         self.run.truncate_after(state.step)
+        if self.data.change is not None:
+            self.run.log_event("blend", step=state.step, **dataclasses.asdict(self.data.change))
         if state.step >= self.train.train_steps:
             self.run.console.print(f"nothing to do: step {state.step} of {self.train.train_steps} is done")
             return state
@@ -100,7 +103,9 @@ class Trainer:
             )
         synchronize(self.topology.device)
         seconds = time.perf_counter() - started
-        state = state.advance(self.train.global_batch_size, self.train.seq_length)
+        samples = self.train.global_batch_size
+        blend = self.data.train.progress(state.consumed_samples + samples)
+        state = state.advance(samples, self.train.seq_length, blend)
         self.run.log_metrics(
             {
                 "step": state.step,
