@@ -19,7 +19,8 @@ from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate as validate_config
-from megatron_ext.data import KINDS, DocumentDataset, Loader, build_data
+from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, build_data
+from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
 from megatron_ext.observe.progress import progress
@@ -41,11 +42,23 @@ class InspectConfig:
     document_alignment: int = 1
     """Alignment for that packing."""
 
+    cut_text_to_fill: bool = False
+    """Cut texts to fill what pictures leave of a window, for that packing."""
+
     document: int | None = None
     """Number of a document to show, from 0, instead of the report."""
 
     validate: bool = False
     """Check every document with the grammar, and the files with the manifest."""
+
+    @property
+    def rules(self) -> PackingRules:
+        """How to pack."""
+        return PackingRules(
+            seq_length=self.seq_length,
+            alignment=self.document_alignment,
+            shortest_cut=SHORTEST_CUT if self.cut_text_to_fill else 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +140,7 @@ def inspect_dataset(config: InspectConfig) -> None:
     print("\n".join(dataset_report(dataset) + length_histogram(dataset.lengths)))
     print(f"  vocabulary {dataset.manifest.vocabulary}\n  vision tokenizer {dataset.manifest.vision_tokenizer}")
     if config.seq_length is not None:
-        print("\n".join(packing_report(dataset, config.seq_length, config.document_alignment)))
+        print("\n".join(packing_report(dataset, config.rules)))
     if config.validate:
         validate(dataset)
 
@@ -154,6 +167,7 @@ def inspect_step(config: InspectStepConfig) -> None:
     data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))
     objective = build_objective(config.objective, vocabulary.layout)
     consumed, is_recorded = consumed_before(config.observe.run_dir, config.step, config.train)
+    data = _as_it_went_on(data, config.observe.run_dir, consumed)
     windows = step_windows(data.train, consumed, data_ranks, objective.weights)
     weight_sum = sum(int(window.weights_S.sum()) for window in windows)
     header = [
@@ -172,6 +186,27 @@ def inspect_step(config: InspectStepConfig) -> None:
     _print_windows(header, shown, data.train, vocabulary, config.longest_text)
     if config.output is not None:
         _write_page(config, shown, data.train, vocabulary, data.vision_tokenizer)
+
+
+def _as_it_went_on(data: Data, run_dir: str, consumed: int) -> Data:
+    """The data of a run whose blend a restart has changed, as its newest checkpoint says.
+
+    Raises:
+        InputError: the samples after `consumed` were taken with the blend of before.
+    """
+    from megatron_ext.checkpoint.store import latest_checkpoint, read_metadata
+    from megatron_ext.train import TrainState
+
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
+    state = TrainState() if checkpoint is None else TrainState.from_dict(read_metadata(checkpoint)["train_state"])
+    if state.blend is None or state.blend.first_sample == 0:
+        return data
+    if consumed < state.blend.first_sample:
+        raise InputError(
+            f"sample {consumed} of {run_dir} was taken before the blend changed, at sample {state.blend.first_sample}: "
+            "its order follows from an earlier checkpoint"
+        )
+    return data.resumed(state.blend, state.consumed_samples, allow_change=True)
 
 
 def _print_windows(

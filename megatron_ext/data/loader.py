@@ -1,6 +1,7 @@
 """Global batches of a run: a function of (seed, consumed samples) and nothing else.
 
-The loader keeps no state: told how many samples the run has consumed, it gives the next global batch. Data rank r of R
+The loader keeps no state: told how many samples the run has consumed, it gives the next global batch. Where a restart
+changed the blend, it also knows what the run had read of each dataset by then (progress.py). Data rank r of R
 holds in microbatch k the samples consumed + (k * R + r) * micro_batch_size + j: the global batch is the same set of
 windows for every layout.
 """
@@ -10,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,10 @@ from megatron_ext.config import InputError
 from megatron_ext.config.data import DataConfig, DatasetConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.batch import Batch, collate, slice_for_context
+from megatron_ext.data.object_store import is_remote
 from megatron_ext.data.order import Blend
+from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
+from megatron_ext.data.progress import BlendChange, BlendProgress, DatasetProgress, go_on
 from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset
 from megatron_ext.vocab import Vocabulary
@@ -50,7 +54,9 @@ class Loader:
     ):
         self.datasets = tuple(datasets)
         self.dataset_names = _short_names([dataset.name for dataset in datasets])
+        self._weights = tuple(weights)
         self._blend = Blend(weights, [len(dataset) for dataset in datasets], train.seed, self.dataset_names)
+        self._past: tuple[DatasetProgress, ...] = ()
         self._attention_scope = attention_scope
         self._train = train
         self._topology = topology
@@ -102,10 +108,48 @@ class Loader:
             )
         ]
 
+    def progress(self, consumed_samples: int) -> BlendProgress:
+        """What the run has read of each dataset after `consumed_samples` samples, for its checkpoint."""
+        blend = self._blend
+        return BlendProgress(
+            seed=self._train.seed,
+            first_sample=blend.start.sample,
+            datasets=(
+                *(
+                    DatasetProgress(
+                        name=name,
+                        identity=dataset.identity,
+                        number=blend.start.numbers[place],
+                        slots=blend.slots[place],
+                        before=blend.start.consumed[place],
+                        consumed=blend.consumed(place, consumed_samples),
+                    )
+                    for place, (name, dataset) in enumerate(zip(self.dataset_names, self.datasets, strict=True))
+                ),
+                *self._past,
+            ),
+        )
+
+    def resumed(
+        self, saved: BlendProgress, consumed_samples: int, allow_change: bool
+    ) -> tuple["Loader", BlendChange | None]:
+        """The same datasets and weights as the run goes on with them after a checkpoint, and what changed.
+
+        Raises:
+            InputError: another seed; datasets that came or went, without `allow_change`.
+        """
+        next_ = go_on(saved, self.progress(0), consumed_samples, allow_change)
+        loader = copy.copy(self)
+        loader._past = next_.past
+        loader._blend = Blend(self._weights, self._blend.sizes, self._train.seed, self.dataset_names, next_.start)
+        return loader, next_.change
+
     @property
     def identity(self) -> str:
         """Names the endless sequence of windows: with equal identities, equal consumed samples mean equal data."""
         content = [self._train.seed, self._blend.slots, [dataset.identity for dataset in self.datasets]]
+        if self._blend.start.sample:
+            content.append(asdict(self._blend.start))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def summary(self, samples: int) -> list[str]:
@@ -135,6 +179,26 @@ class Data:
     vision_tokenizer: str | None
     """Identity of the vision tokenizer of all pictures; None where there are none."""
 
+    change: BlendChange | None = None
+    """How this start changed the blend of the checkpoint that it goes on from."""
+
+    def resumed(self, saved: BlendProgress | None, consumed_samples: int, allow_change: bool) -> "Data":
+        """The data as a run goes on with it after a checkpoint that holds `saved`; the held-out data stays.
+
+        Raises:
+            InputError: another seed; without `allow_change`: datasets that came or went, or a checkpoint that does not
+                say what it has read.
+        """
+        if saved is None:
+            if consumed_samples and not allow_change:
+                raise InputError(
+                    f"the checkpoint has consumed {consumed_samples:,} samples and does not say of which datasets: set "
+                    "data.allow_change true to go on as if of these"
+                )
+            return self
+        loader, change = self.train.resumed(saved, consumed_samples, allow_change)
+        return replace(self, train=loader, change=change)
+
 
 def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, topology: BatchTopology) -> Data:
     """Open, check and pack all datasets. Sizes that span sections are checked before, by `config.validate`.
@@ -143,14 +207,22 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         InputError: an incomplete dataset or one of another vocabulary; datasets of different vision tokenizers; too
             many documents that do not fit.
     """
+    rules = PackingRules(
+        seq_length=train.seq_length,
+        alignment=data.document_alignment,
+        shortest_cut=SHORTEST_CUT if data.cut_text_to_fill else 0,
+        seed=data.packing_seed,
+    )
+    cache_dir = data.cache_dir
+    if cache_dir is None and not is_remote(data.train[0].prefix):
+        cache_dir = str(Path(data.train[0].prefix).parent / "packing_cache")
     packed = {
         section: [
             PackedDataset(
                 dataset.prefix,
                 vocabulary,
-                train.seq_length,
-                data.document_alignment,
-                data.cache_dir or str(Path(data.train[0].prefix).parent / "packing_cache"),
+                rules,
+                cache_dir,
             )
             for dataset in datasets
         ]

@@ -52,10 +52,12 @@ COMES_WITH = {
     "tokenizers": "transformers",
     "transformer_engine": "the cuda extra",
     "nvidia": "the cuda extra",
+    "boto3": "the s3 extra",
+    "botocore": "boto3",
 }
 
 
-OURS = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "tools", "examples", "tests"}
+OURS = {"megatron_ext", "tokenizer_train", "pretrain_emu3", "tools", "examples", "tests", "benchmarks"}
 
 
 def third_party(files: tuple[Path, ...]) -> set[str]:
