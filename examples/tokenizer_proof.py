@@ -145,6 +145,8 @@ def commands(config: ProofConfig, steps: dict[str, int]) -> list[list[str]]:
         [
             *evaluate, "--inputs", json.dumps([held_out, train]), "--tokenizers", json.dumps(tokenizers),
             "--output", str(ROOT / "all"), "--references", "false", "--grid_samples", "0",
+            # Codes in use are what is asked for here; the judging networks would take half an hour.
+            "--perceptual", "none", "--frechet", "none",
         ],
     ]  # fmt: skip
 
