@@ -22,6 +22,7 @@ BROKEN = [
     ({"train.micro_batch_size": 0}, 1, "train.micro_batch_size 0"),
     ({"train.micro_batch_size": 3}, 1, "train.global_batch_size 4"),
     ({}, 8, "data-parallel size 8"),
+    ({"train.global_batch_size_ramp": (2, 3, 40)}, 2, "train.global_batch_size_ramp [2, 3, 40]"),
     (
         {"parallel.context_parallel_size": 2, "train.seq_length": 66, "data.attention_scope": "window"},
         2,

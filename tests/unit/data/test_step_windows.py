@@ -167,14 +167,14 @@ def test_pictures_and_the_page(workplace, vocabulary, tmp_path, capsys):
 def test_a_step_that_a_run_has_taken(workplace, tmp_path, capsys):
     run = tmp_path / "run"
     run.mkdir()
-    lines = [f'{{"step": {step}, "loss": 1.0, "consumed_samples": {4 * step}}}\n' for step in (1, 2)]
-    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "loss": 1.0, "consumed_samples": 16}\n')
+    lines = [f'{{"step": {step}, "global_batch_size": 4, "consumed_samples": {4 * step}}}\n' for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(lines) + '{"step": 3, "global_batch_size": 8, "consumed_samples": 16}\n')
     (run / "provenance.json").write_text('[{"step": 0, "identities": {"data": "other"}}]')
     inspect(workplace, "--observe.run_dir", str(run))
     printed = capsys.readouterr().out
     assert "samples 8..15," in printed and f"as {run} took it" in printed
     assert "NOT the data of" in printed
-    with pytest.raises(InputError, match="global_batch_size is 16, .* step 3 took 8 windows"):
+    with pytest.raises(InputError, match="gives step 3 16 windows, .* that it took 8"):
         inspect(workplace, "--observe.run_dir", str(run), "--train.global_batch_size", "16")
 
 
