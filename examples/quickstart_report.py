@@ -16,7 +16,7 @@ from PIL import Image as Picture
 
 from megatron_ext.config import load, run_program
 from megatron_ext.data.indexed import DocumentDataset
-from megatron_ext.data.packing import pack
+from megatron_ext.data.packing import PackingRules, pack
 from megatron_ext.data.sources import TokenizedFolder
 from megatron_ext.media import ResizeConfig, decode_clip, decode_picture, resize
 from megatron_ext.observe import read_json_lines
@@ -217,7 +217,8 @@ def main(argv: list[str]) -> None:
     fills = {}
     for name, dataset in datasets.items():
         seq_length = settings["train"]["seq_length"]
-        index = pack(dataset.lengths, dataset.sidecar.spans, seq_length, settings["data"]["document_alignment"])
+        rules = PackingRules(seq_length=seq_length, alignment=settings["data"]["document_alignment"])
+        index = pack(dataset.lengths, dataset.sidecar.spans, rules)
         fills[name] = (len(index), index.fill(seq_length))
     sidecar = datasets["media_valid"].sidecar
     held_out = {sidecar.key(document) for document in range(len(sidecar))}

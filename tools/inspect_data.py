@@ -20,6 +20,7 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate as validate_config
 from megatron_ext.data import KINDS, DocumentDataset, Loader, build_data
+from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
 from megatron_ext.observe.progress import progress
@@ -41,11 +42,23 @@ class InspectConfig:
     document_alignment: int = 1
     """Alignment for that packing."""
 
+    cut_text_to_fill: bool = False
+    """Cut texts to fill what pictures leave of a window, for that packing."""
+
     document: int | None = None
     """Number of a document to show, from 0, instead of the report."""
 
     validate: bool = False
     """Check every document with the grammar, and the files with the manifest."""
+
+    @property
+    def rules(self) -> PackingRules:
+        """How to pack."""
+        return PackingRules(
+            seq_length=self.seq_length,
+            alignment=self.document_alignment,
+            shortest_cut=SHORTEST_CUT if self.cut_text_to_fill else 0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +140,7 @@ def inspect_dataset(config: InspectConfig) -> None:
     print("\n".join(dataset_report(dataset) + length_histogram(dataset.lengths)))
     print(f"  vocabulary {dataset.manifest.vocabulary}\n  vision tokenizer {dataset.manifest.vision_tokenizer}")
     if config.seq_length is not None:
-        print("\n".join(packing_report(dataset, config.seq_length, config.document_alignment)))
+        print("\n".join(packing_report(dataset, config.rules)))
     if config.validate:
         validate(dataset)
 

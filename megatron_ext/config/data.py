@@ -33,6 +33,13 @@ class DataConfig:
     """Each document is padded at its end to a multiple of this; scope document wants a multiple of 2 x
     context_parallel_size."""
 
+    packing_seed: int = 0
+    """Draws which documents of a dataset are packed together, where it has more than one buffer of them."""
+
+    cut_text_to_fill: bool = False
+    """Whether texts are cut to fill what pictures leave of a window. Windows get fuller, but cut documents teach worse
+    (Ding et al. 2024, arXiv 2404.10830); pictures and frames are never cut."""
+
     max_bad_fraction: float = 0.01
     """Largest share of a dataset's documents that may not fit, with a picture or frame longer than a window; they are
     skipped and named, more of them stop the run."""

@@ -4,7 +4,7 @@ from megatron_ext.data.batch import Batch, collate, context_indices, slice_for_c
 from megatron_ext.data.indexed import KINDS, DocumentDataset, DocumentWriter, Manifest, document_kind
 from megatron_ext.data.loader import BatchTopology, Data, Loader, build_data
 from megatron_ext.data.order import Blend, Permutation
-from megatron_ext.data.packing import PackedIndex, Spans, pack, pack_reference
+from megatron_ext.data.packing import PackedIndex, PackingRules, Spans, pack, pack_reference
 from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset, Window
 
@@ -20,6 +20,7 @@ __all__ = [
     "Manifest",
     "PackedDataset",
     "PackedIndex",
+    "PackingRules",
     "Permutation",
     "RandomDocuments",
     "Spans",

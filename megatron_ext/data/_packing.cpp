@@ -1,21 +1,26 @@
 // Best-fit-decreasing packing in O(documents + seq_length): the fast twin of packing.py's pack_reference, which defines
 // the result. Lengths are small integers, so sorting is counting, and "the smallest room that is at least this" is a
 // search for the next set bit in a 64-ary tree of bitmaps (three levels at a window of 131,072 ids).
+//
+// Memory: 12 bytes per piece and 8 per window, which are the result; 4 per document are the caller's lengths. Beyond
+// that, one buffer's scratch of 24 bytes per piece: a buffer's pieces are freed as soon as they are in the result.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 namespace py = pybind11;
 
 namespace {
 
+using Int32s = std::vector<std::int32_t>;
 using Int64s = std::vector<std::int64_t>;
 
-// A set of integers in [0, size) with "next member at or after" in O(log64 size).
+// A set of integers in [0, size) with "next member at or after" and "largest member" in O(log64 size).
 class IntegerSet {
  public:
   explicit IntegerSet(std::int64_t size) {
@@ -25,14 +30,18 @@ class IntegerSet {
     } while (size > 1);
   }
 
-  void insert(std::int64_t value) {
+  void clear() {
+    for (auto& level : levels_) std::fill(level.begin(), level.end(), 0);
+  }
+
+  void insert(std::uint32_t value) {
     for (auto& level : levels_) {
       level[value / 64] |= std::uint64_t{1} << (value % 64);
       value /= 64;
     }
   }
 
-  void erase(std::int64_t value) {
+  void erase(std::uint32_t value) {
     for (auto& level : levels_) {
       level[value / 64] &= ~(std::uint64_t{1} << (value % 64));
       value /= 64;
@@ -41,10 +50,10 @@ class IntegerSet {
   }
 
   // The smallest member >= value, or -1.
-  std::int64_t next(std::int64_t value) const {
+  std::int64_t next(std::uint32_t value) const {
     for (std::size_t depth = 0; depth < levels_.size(); ++depth) {
       const auto& level = levels_[depth];
-      const auto word = static_cast<std::size_t>(value / 64);
+      const std::size_t word = value / 64;
       if (word >= level.size()) return -1;
       const std::uint64_t rest = level[word] >> (value % 64);
       if (rest != 0) {
@@ -57,146 +66,306 @@ class IntegerSet {
     return -1;
   }
 
+  // The largest member, or -1.
+  std::int64_t largest() const {
+    if (levels_.back()[0] == 0) return -1;
+    std::uint32_t value = 0;
+    for (std::size_t depth = levels_.size(); depth-- > 0;) {
+      value = value * 64 + 63 - __builtin_clzll(levels_[depth][value]);
+    }
+    return value;
+  }
+
  private:
   std::vector<std::vector<std::uint64_t>> levels_;
 };
 
-struct Pieces {
-  Int64s document, start, length;
-  Int64s skipped;
-
-  void add(std::int64_t d, std::int64_t s, std::int64_t n) {
-    document.push_back(d);
-    start.push_back(s);
-    length.push_back(n);
-  }
+// Rows of the result; packing.py reads them as uint32 [pieces, 3].
+struct Piece {
+  std::uint32_t document;
+  std::int32_t start, length;
 };
 
 struct Span {
   std::int32_t start, end;
 };
 
-// Pieces of a document longer than a window: cut as late as possible, outside spans.
-void cut_long(std::int64_t document, std::int64_t length, const Span* first, const Span* last, std::int64_t seq_length,
-              Pieces& pieces) {
-  if (std::any_of(first, last, [&](const Span& span) { return span.end - span.start > seq_length; })) {
-    pieces.skipped.push_back(document);
-    return;
-  }
+static_assert(sizeof(Piece) == 12 && sizeof(Span) == 8);
+
+struct Documents {
+  const std::int32_t* lengths;
+  std::int64_t count;
+  // Spans of `with_spans` documents, ascending; those of the k-th are spans[span_offsets[k] : span_offsets[k + 1]].
+  const std::uint32_t* spanned;
+  std::int64_t with_spans;
+  const std::int64_t* span_offsets;
+  const Span* spans;
+};
+
+struct Rules {
+  std::int32_t seq_length, alignment;
+  std::int32_t shortest_cut;  // 0: no document that fits into a window is cut
+  std::uint32_t buffers;
+  std::uint64_t seed;
+};
+
+struct Result {
+  Int64s window_offsets{0};
+  std::vector<Piece> pieces;
+  Int64s skipped;
+};
+
+// The buffer that a document is drawn into: the high bits of SplitMix64's output function (Steele et al. 2014).
+std::uint32_t draw_buffer(std::uint64_t seed, std::uint64_t document, std::uint32_t buffers) {
+  std::uint64_t z = seed + (document + 1) * 0x9E3779B97F4A7C15u;
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+  z ^= z >> 31;
+  return static_cast<std::uint32_t>(((z >> 32) * buffers) >> 32);
+}
+
+// Calls add(start, length) for each piece of a document longer than a window: cut as late as possible, outside spans.
+// False where a span is longer than a window.
+template <typename Add>
+bool cut_long(std::int32_t length, const Span* first, const Span* last, std::int32_t seq_length, Add add) {
+  if (std::any_of(first, last, [&](const Span& span) { return span.end - span.start > seq_length; })) return false;
   const Span* span = first;
   for (std::int64_t start = 0; start < length;) {
-    std::int64_t end = std::min(start + seq_length, length);
+    std::int64_t end = std::min<std::int64_t>(start + seq_length, length);
     while (span != last && span->end < end) ++span;  // the first span that ends at or after the cut
     if (span != last && span->start < end && end < span->end) end = span->start;
-    pieces.add(document, start, end - start);
+    add(static_cast<std::int32_t>(start), static_cast<std::int32_t>(end - start));
     start = end;
   }
+  return true;
 }
 
-Pieces cut(const std::int64_t* lengths, std::int64_t count, const std::int64_t* offsets, const Span* spans,
-           std::int64_t seq_length) {
-  Pieces pieces;
-  for (auto* column : {&pieces.document, &pieces.start, &pieces.length}) column->reserve(count);
-  for (std::int64_t document = 0; document < count; ++document) {
-    if (lengths[document] <= seq_length) {
-      pieces.add(document, 0, lengths[document]);
+// Calls visit(buffer, is_text, piece) for the pieces of all documents, in order; returns the documents skipped.
+template <typename Visit>
+Int64s visit_pieces(const Documents& documents, const Rules& rules, Visit visit) {
+  Int64s skipped;
+  std::int64_t k = 0;  // the first of the documents with spans that is not before this one
+  for (std::int64_t d = 0; d < documents.count; ++d) {
+    const auto document = static_cast<std::uint32_t>(d);
+    const std::uint32_t buffer = rules.buffers == 1 ? 0 : draw_buffer(rules.seed, d, rules.buffers);
+    while (k < documents.with_spans && documents.spanned[k] < document) ++k;
+    const bool is_text = k == documents.with_spans || documents.spanned[k] != document;
+    const std::int32_t length = documents.lengths[d];
+    if (length <= rules.seq_length) {
+      visit(buffer, is_text, Piece{document, 0, length});
+      continue;
+    }
+    const Span* first = is_text ? nullptr : documents.spans + documents.span_offsets[k];
+    const Span* last = is_text ? nullptr : documents.spans + documents.span_offsets[k + 1];
+    const bool packed = cut_long(length, first, last, rules.seq_length, [&](std::int32_t start, std::int32_t size) {
+      visit(buffer, is_text, Piece{document, start, size});
+    });
+    if (!packed) skipped.push_back(d);
+  }
+  return skipped;
+}
+
+// One buffer's pieces into windows. Lengths and rooms are counted in units of the alignment; windows with the same room
+// form a stack: the one that came to it last is taken first.
+class Windows {
+ public:
+  explicit Windows(const Rules& rules)
+      : rules_(rules), capacity_(rules.seq_length / rules.alignment), rooms_(capacity_ + 1), top_(capacity_ + 1) {}
+
+  // Packs `pieces`, of which those from `texts` on may be cut where the rules allow it, and appends them to `result`.
+  void pack(std::vector<Piece>& pieces, std::size_t texts, Result& result) {
+    pieces_ = &pieces;
+    rooms_.clear();
+    std::fill(top_.begin(), top_.end(), -1);
+    below_.clear();
+    window_of_.assign(pieces.size(), 0);
+    sort_by_length(0, texts);
+    for (const auto piece : order_) place(piece);
+    sort_by_length(texts, pieces.size());
+    if (rules_.shortest_cut > 0) {
+      place_texts();
     } else {
-      cut_long(document, lengths[document], spans + offsets[document], spans + offsets[document + 1], seq_length,
-               pieces);
+      for (const auto piece : order_) place(piece);
+    }
+    append_to(result);
+  }
+
+ private:
+  std::int32_t units(std::int32_t piece) const {
+    return ((*pieces_)[piece].length + rules_.alignment - 1) / rules_.alignment;
+  }
+
+  // order_ := the pieces [first, last), longest first, equal ones in their order.
+  void sort_by_length(std::size_t first, std::size_t last) {
+    order_.resize(last - first);
+    if (first == last) return;
+    counts_.assign(capacity_ + 1, 0);
+    for (auto i = first; i < last; ++i) ++counts_[units(i)];
+    std::int32_t before = 0;
+    for (auto size = capacity_; size >= 0; --size) before += std::exchange(counts_[size], before);
+    for (auto i = first; i < last; ++i) order_[counts_[units(i)]++] = static_cast<std::int32_t>(i);
+  }
+
+  // Into the fullest window with room, else into a new one.
+  void place(std::int32_t piece) {
+    if (!place_in_room(piece)) {
+      window_of_[piece] = static_cast<std::int32_t>(below_.size());
+      below_.push_back(-1);
+      give_room(window_of_[piece], capacity_ - units(piece));
     }
   }
-  return pieces;
-}
 
-// Indices that sort keys in [0, bound) ascending, equal keys in their order; offsets[k] = first place of key k.
-Int64s counting_sort(const Int64s& keys, std::int64_t bound, Int64s& offsets) {
-  offsets.assign(bound + 1, 0);
-  for (const auto key : keys) ++offsets[key + 1];
-  for (std::int64_t key = 0; key < bound; ++key) offsets[key + 1] += offsets[key];
-  Int64s next(offsets.begin(), offsets.end() - 1);
-  Int64s order(keys.size());
-  for (std::size_t i = 0; i < keys.size(); ++i) order[next[keys[i]]++] = static_cast<std::int64_t>(i);
-  return order;
-}
+  bool place_in_room(std::int32_t piece) {
+    const std::int32_t size = units(piece);
+    const std::int64_t room = rooms_.next(size);
+    if (room < 0) return false;
+    window_of_[piece] = take_room(room);
+    give_room(window_of_[piece], static_cast<std::int32_t>(room) - size);
+    return true;
+  }
 
-// The window of each piece. Lengths and rooms are counted in units of the alignment; windows with the same room form a
-// stack: the one that came to it last is taken first.
-Int64s assign_windows(const Int64s& piece_length, std::int64_t seq_length, std::int64_t alignment,
-                      std::int64_t& window_count) {
-  const std::int64_t capacity = seq_length / alignment;
-  Int64s slack(piece_length.size());  // capacity - units: ascending slack is decreasing length
-  for (std::size_t i = 0; i < slack.size(); ++i) slack[i] = capacity - (piece_length[i] + alignment - 1) / alignment;
-  Int64s ignored;
-  const Int64s order = counting_sort(slack, capacity + 1, ignored);
+  std::int32_t take_room(std::int64_t room) {
+    const std::int32_t window = top_[room];
+    top_[room] = below_[window];
+    if (top_[room] < 0) rooms_.erase(static_cast<std::uint32_t>(room));
+    return window;
+  }
 
-  IntegerSet rooms(capacity + 1);
-  Int64s top(capacity + 1, -1);  // room -> window on top of its stack
-  Int64s below;                  // window -> next window of the same stack
-  Int64s window_of(piece_length.size());
-  for (const auto piece : order) {
-    const std::int64_t units = capacity - slack[piece];
-    std::int64_t room = rooms.next(units);
-    std::int64_t window;
-    if (room < 0) {
-      room = capacity;
-      window = static_cast<std::int64_t>(below.size());
-      below.push_back(-1);
-    } else {
-      window = top[room];
-      top[room] = below[window];
-      if (top[room] < 0) rooms.erase(room);
+  void give_room(std::int32_t window, std::int32_t room) {
+    if (room == 0) return;
+    if (top_[room] < 0) rooms_.insert(room);
+    below_[window] = top_[room];
+    top_[room] = window;
+  }
+
+  // Whole where there is room; the others are cut into what room is left, and what then remains opens windows.
+  void place_texts() {
+    Int32s waiting, left;
+    for (const auto piece : order_) {
+      if (!place_in_room(piece)) waiting.push_back(piece);
     }
-    window_of[piece] = window;
-    if (room -= units; room > 0) {
-      if (top[room] < 0) rooms.insert(room);
-      below[window] = top[room];
-      top[room] = window;
+    for (const auto piece : waiting) {
+      if (!cut_into_rooms(piece)) left.push_back(piece);
+    }
+    for (const auto piece : left) place(piece);
+  }
+
+  // Cuts heads off a text into the largest rooms until its rest has room; false where it has none in the end.
+  bool cut_into_rooms(std::int32_t piece) {
+    while (!place_in_room(piece)) {
+      const std::int64_t room = rooms_.largest();
+      const Piece whole = (*pieces_)[piece];
+      const std::int64_t most = (whole.length - rules_.shortest_cut) / rules_.alignment;
+      const std::int64_t head = std::min(room, most) * rules_.alignment;
+      if (room < 0 || head < rules_.shortest_cut) return false;
+      const auto cut = static_cast<std::int32_t>(head);
+      window_of_.push_back(take_room(room));
+      give_room(window_of_.back(), static_cast<std::int32_t>(room) - cut / rules_.alignment);
+      pieces_->push_back(Piece{whole.document, whole.start, cut});
+      (*pieces_)[piece].start += cut;
+      (*pieces_)[piece].length -= cut;
+    }
+    return true;
+  }
+
+  void append_to(Result& result) {
+    const auto base = static_cast<std::int64_t>(result.pieces.size());
+    const std::size_t windows = below_.size();
+    auto& next = below_;  // the stacks are done with
+    std::fill(next.begin(), next.end(), 0);
+    for (const auto window : window_of_) ++next[window];
+    std::int32_t before = 0;
+    for (auto& count : next) before += std::exchange(count, before);
+    result.pieces.resize(base + pieces_->size());
+    for (std::size_t i = 0; i < pieces_->size(); ++i) result.pieces[base + next[window_of_[i]]++] = (*pieces_)[i];
+    for (std::size_t window = 0; window < windows; ++window) {
+      if (rules_.shortest_cut > 0) {  // media are before texts in the buffer, and heads after them
+        const auto first = result.pieces.begin() + result.window_offsets.back();
+        std::sort(first, result.pieces.begin() + base + next[window], [](const Piece& a, const Piece& b) {
+          return a.document != b.document ? a.document < b.document : a.start < b.start;
+        });
+      }
+      result.window_offsets.push_back(base + next[window]);
     }
   }
-  window_count = static_cast<std::int64_t>(below.size());
-  return window_of;
-}
 
-Int64s gather(const Int64s& values, const Int64s& order) {
-  Int64s result(order.size());
-  for (std::size_t i = 0; i < order.size(); ++i) result[i] = values[order[i]];
+  const Rules& rules_;
+  const std::int32_t capacity_;
+  IntegerSet rooms_;
+  Int32s top_;     // room -> window on top of its stack
+  Int32s below_;   // window -> next window of the same stack
+  Int32s counts_;  // scratch of the sort
+  Int32s order_;
+  Int32s window_of_;
+  std::vector<Piece>* pieces_ = nullptr;
+};
+
+Result pack_documents(const Documents& documents, const Rules& rules) {
+  Result result;
+  std::vector<std::int64_t> sizes(rules.buffers, 0);
+  result.skipped = visit_pieces(documents, rules, [&](std::uint32_t buffer, bool, const Piece&) { ++sizes[buffer]; });
+  std::vector<std::vector<Piece>> buffers(rules.buffers), texts(rules.buffers);
+  std::int64_t total = 0;
+  for (std::uint32_t buffer = 0; buffer < rules.buffers; ++buffer) {
+    buffers[buffer].reserve(sizes[buffer]);
+    total += sizes[buffer];
+  }
+  const bool cuts = rules.shortest_cut > 0;
+  visit_pieces(documents, rules, [&](std::uint32_t buffer, bool is_text, const Piece& piece) {
+    (cuts && is_text ? texts : buffers)[buffer].push_back(piece);
+  });
+  // Reserved memory costs nothing before it is written, a vector that grows is copied. A cut fills a window or ends a
+  // text: there are at most twice as many pieces with cuts.
+  result.pieces.reserve(cuts ? 2 * total : total);
+  Windows windows(rules);
+  for (std::uint32_t buffer = 0; buffer < rules.buffers; ++buffer) {
+    auto& pieces = buffers[buffer];
+    const std::size_t media = pieces.size();
+    pieces.insert(pieces.end(), texts[buffer].begin(), texts[buffer].end());
+    std::vector<Piece>().swap(texts[buffer]);
+    windows.pack(pieces, cuts ? media : 0, result);
+    std::vector<Piece>().swap(pieces);
+  }
   return result;
 }
 
-// A numpy array that keeps the vector alive.
-py::array_t<std::int64_t> to_numpy(Int64s&& values) {
-  auto* owned = new Int64s(std::move(values));
-  py::capsule owner(owned, [](void* pointer) { delete static_cast<Int64s*>(pointer); });
-  return py::array_t<std::int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+// A numpy array of `T` that keeps the vector alive.
+template <typename T, typename Element>
+py::array_t<T> to_numpy(std::vector<Element>&& values, std::vector<py::ssize_t> shape) {
+  auto* owned = new std::vector<Element>(std::move(values));
+  py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<Element>*>(pointer); });
+  return py::array_t<T>(std::move(shape), reinterpret_cast<const T*>(owned->data()), owner);
 }
 
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-py::tuple pack(const Array<std::int64_t>& lengths, const Array<std::int64_t>& span_offsets,
-               const Array<std::int32_t>& span_bounds, std::int64_t seq_length, std::int64_t alignment) {
-  static_assert(sizeof(Span) == 2 * sizeof(std::int32_t));
-  Pieces pieces;
-  Int64s order, window_offsets;
+py::tuple pack(const Array<std::int32_t>& lengths, const Array<std::uint32_t>& spanned,
+               const Array<std::int64_t>& span_offsets, const Array<std::int32_t>& span_bounds,
+               std::int32_t seq_length, std::int32_t alignment, std::int32_t shortest_cut, std::uint32_t buffers,
+               std::uint64_t seed) {
+  const Documents documents{lengths.data(),      lengths.size(),
+                            spanned.data(),      spanned.size(),
+                            span_offsets.data(), reinterpret_cast<const Span*>(span_bounds.data())};
+  const Rules rules{seq_length, alignment, shortest_cut, buffers, seed};
+  Result result;
   {
-    const auto count = static_cast<std::int64_t>(lengths.size());
-    const auto* spans = reinterpret_cast<const Span*>(span_bounds.data());
     py::gil_scoped_release release;
-    pieces = cut(lengths.data(), count, span_offsets.data(), spans, seq_length);
-    std::int64_t window_count = 0;
-    const Int64s window_of = assign_windows(pieces.length, seq_length, alignment, window_count);
-    order = counting_sort(window_of, window_count, window_offsets);
-    for (auto* column : {&pieces.document, &pieces.start, &pieces.length}) *column = gather(*column, order);
+    result = pack_documents(documents, rules);
   }
-  return py::make_tuple(to_numpy(std::move(window_offsets)), to_numpy(std::move(pieces.document)),
-                        to_numpy(std::move(pieces.start)), to_numpy(std::move(pieces.length)),
-                        to_numpy(std::move(pieces.skipped)));
+  const auto offsets = static_cast<py::ssize_t>(result.window_offsets.size());
+  const auto pieces = static_cast<py::ssize_t>(result.pieces.size());
+  const auto skipped = static_cast<py::ssize_t>(result.skipped.size());
+  return py::make_tuple(to_numpy<std::int64_t>(std::move(result.window_offsets), {offsets}),
+                        to_numpy<std::uint32_t>(std::move(result.pieces), {pieces, 3}),
+                        to_numpy<std::int64_t>(std::move(result.skipped), {skipped}));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_packing, module) {
   module.doc() = "Best-fit-decreasing packing; see megatron_ext/data/packing.py.";
-  module.def("pack", &pack, py::arg("lengths").noconvert(), py::arg("span_offsets").noconvert(),
-             py::arg("span_bounds").noconvert(), py::arg("seq_length"), py::arg("alignment"));
+  module.def("pack", &pack, py::arg("lengths").noconvert(), py::arg("spanned").noconvert(),
+             py::arg("span_offsets").noconvert(), py::arg("span_bounds").noconvert(), py::arg("seq_length"),
+             py::arg("alignment"), py::arg("shortest_cut"), py::arg("buffers"), py::arg("seed"));
 }

@@ -119,7 +119,11 @@ class Sidecar:
 
     @property
     def spans(self) -> Spans:
-        return Spans(self.span_offsets, self.span_bounds)
+        return self.spans_of(np.arange(len(self)))
+
+    def spans_of(self, documents: np.ndarray) -> Spans:
+        """The spans of some documents, whose numbers ascend."""
+        return Spans.select(self.span_offsets, self.span_bounds, documents)
 
     @property
     def digest(self) -> str:

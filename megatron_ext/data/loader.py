@@ -19,6 +19,7 @@ from megatron_ext.config.data import DataConfig, DatasetConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.batch import Batch, collate, slice_for_context
 from megatron_ext.data.order import Blend
+from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset
 from megatron_ext.vocab import Vocabulary
@@ -143,13 +144,18 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         InputError: an incomplete dataset or one of another vocabulary; datasets of different vision tokenizers; too
             many documents that do not fit.
     """
+    rules = PackingRules(
+        seq_length=train.seq_length,
+        alignment=data.document_alignment,
+        shortest_cut=SHORTEST_CUT if data.cut_text_to_fill else 0,
+        seed=data.packing_seed,
+    )
     packed = {
         section: [
             PackedDataset(
                 dataset.prefix,
                 vocabulary,
-                train.seq_length,
-                data.document_alignment,
+                rules,
                 data.cache_dir or str(Path(data.train[0].prefix).parent / "packing_cache"),
             )
             for dataset in datasets

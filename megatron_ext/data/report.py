@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from megatron_ext.data.indexed import KINDS, DocumentDataset
-from megatron_ext.data.packing import pack
+from megatron_ext.data.packing import PackingRules, pack
 from megatron_ext.data.step_windows import DocumentInWindow, StepWindow
 from megatron_ext.vocab import Image, Segment, Text, Vocabulary
 
@@ -43,13 +43,13 @@ def length_histogram(lengths: np.ndarray) -> list[str]:
     return lines
 
 
-def packing_report(dataset: DocumentDataset, seq_length: int, alignment: int) -> list[str]:
+def packing_report(dataset: DocumentDataset, rules: PackingRules) -> list[str]:
     """Windows, fill, cut and skipped documents of a packing."""
-    index = pack(dataset.lengths, dataset.sidecar.spans, seq_length, alignment)
-    cut = np.unique(index.piece_document[index.piece_length < dataset.lengths[index.piece_document]])
+    index = pack(dataset.lengths, dataset.sidecar.spans, rules)
     lines = [
-        f"  {len(index):,} windows of {seq_length:,} ids, {index.fill(seq_length):.2%} full; {len(cut):,} documents "
-        f"cut, {len(index.skipped_documents):,} skipped (a picture or frame longer than a window)"
+        f"  {len(index):,} windows of {rules.seq_length:,} ids, {index.fill(rules.seq_length):.2%} full; "
+        f"{len(index.cut_documents(dataset.lengths)):,} documents cut, "
+        f"{len(index.skipped_documents):,} skipped (a picture or frame longer than a window)"
     ]
     return lines + [f"  skipped: {dataset.sidecar.key(document)}" for document in index.skipped_documents]
 

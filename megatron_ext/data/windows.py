@@ -5,10 +5,7 @@ S = seq_length.
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +13,8 @@ import numpy as np
 
 from megatron_ext.config import InputError
 from megatron_ext.data.indexed import DocumentDataset
-from megatron_ext.data.packing import PACKING_VERSION, PackedIndex, pack
+from megatron_ext.data.packing import PACKING_VERSION, PackedIndex, PackingRules, pack
+from megatron_ext.data.packing_cache import cached_index
 from megatron_ext.vocab import Vocabulary
 
 
@@ -47,8 +45,7 @@ class PackedDataset:
     Args:
         prefix: of the indexed dataset.
         vocabulary: it must be the dataset's.
-        seq_length: S.
-        alignment: pieces are padded at their end to a multiple of this.
+        rules: how documents are packed; S is `rules.seq_length`.
         cache_dir: folder of the packed index; None puts it beside the dataset.
 
     Raises:
@@ -59,16 +56,15 @@ class PackedDataset:
         self,
         prefix: str | Path,
         vocabulary: Vocabulary,
-        seq_length: int,
-        alignment: int = 1,
+        rules: PackingRules,
         cache_dir: str | None = None,
     ):
         self.documents = DocumentDataset(prefix, vocabulary)
-        self.seq_length = seq_length
-        self.alignment = alignment
+        self.rules = rules
+        self.seq_length = rules.seq_length
         self._pad, self._num_ids = vocabulary.layout.pad, vocabulary.layout.size
-        folder = Path(cache_dir) if cache_dir else self.documents.prefix.parent / "packing_cache"
-        self.index = _cached_index(self.documents, self._shape, folder)
+        cache = Path(cache_dir) if cache_dir else self.documents.prefix.parent / "packing_cache"
+        self.index = cached_index(cache / f"packing-{_digest(self._shape)}", self._shape, self._pack)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -100,15 +96,25 @@ class PackedDataset:
         """What a window is made of, in order."""
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} is outside [0, {len(self)})")
+        first, last = self.index.window_offsets[window : window + 2].tolist()
         pieces: list[Piece] = []
-        for piece in range(int(self.index.window_offsets[window]), int(self.index.window_offsets[window + 1])):
-            document, start, length = (
-                int(column[piece])
-                for column in (self.index.piece_document, self.index.piece_start, self.index.piece_length)
-            )
-            begin = pieces[-1].end if pieces else 0
-            pieces.append(Piece(document, start, length, begin, begin - (-length // self.alignment) * self.alignment))
+        begin = 0
+        for document, start, length in self.index.pieces[first:last].tolist():
+            end = begin - (-length // self.rules.alignment) * self.rules.alignment
+            pieces.append(Piece(document, start, length, begin, end))
+            begin = end
         return tuple(pieces)
+
+    def _pack(self) -> PackedIndex:
+        documents = self.documents
+        spanned = self.rules.spanned(documents.lengths)
+        index = pack(documents.lengths, documents.sidecar.spans_of(spanned), self.rules)
+        if not len(index):
+            raise InputError(
+                f"no document of {documents.prefix} fits into train.seq_length {self.seq_length}: "
+                "each has a picture or frame longer than that"
+            )
+        return index
 
     def _name_foreign_id(self, window: int) -> None:
         for piece in self.pieces(window):
@@ -128,7 +134,9 @@ class PackedDataset:
     @property
     def fill(self) -> float:
         """Share of the windows' positions that hold an id of a document."""
-        return self.index.fill(self.seq_length)
+        # Every id that is not of a skipped document is in one window: the pieces need not be read.
+        skipped = int(self.documents.lengths[self.index.skipped_documents].sum(dtype=np.int64))
+        return (self.documents.manifest.num_ids - skipped) / (len(self) * self.seq_length)
 
     @cached_property
     def skipped_keys(self) -> tuple[str, ...]:
@@ -149,51 +157,8 @@ class PackedDataset:
             "vocabulary": manifest.vocabulary,
             "bin_sha256": manifest.files[".bin"]["sha256"],
             "idx_sha256": manifest.files[".idx"]["sha256"],
-            "seq_length": self.seq_length,
-            "document_alignment": self.alignment,
+            **asdict(self.rules),
         }
-
-
-def _cached_index(documents: DocumentDataset, shape: dict[str, int | str], cache_dir: Path) -> PackedIndex:
-    """The packed index, memory-mapped from the cache, into which it is written first where it is absent.
-
-    Every rank that finds it absent builds it, in a folder of its own that it then renames. The first rename wins, the
-    others find the complete folder: no rank waits for another, and nobody sees a half-written index.
-    """
-    folder = cache_dir / f"packing-{_digest(shape)}"
-    if not folder.is_dir():
-        index = pack(documents.lengths, documents.sidecar.spans, shape["seq_length"], shape["document_alignment"])
-        if not len(index):
-            raise InputError(
-                f"no document of {documents.prefix} fits into train.seq_length {shape['seq_length']}: "
-                "each has a picture or frame longer than that"
-            )
-        try:
-            _write(index, shape, folder)
-        except OSError as error:
-            raise InputError(
-                f"cannot write the packed index into {cache_dir} ({error.strerror}): set data.cache_dir"
-            ) from None
-    arrays = {}
-    for name in (field.name for field in fields(PackedIndex)):
-        # An empty file cannot be mapped, and of these only the skipped documents may be none.
-        arrays[name] = np.load(folder / f"{name}.npy", mmap_mode=None if name == "skipped_documents" else "r")
-    return PackedIndex(**arrays)
-
-
-def _write(index: PackedIndex, shape: dict[str, int | str], folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        for name, array in index.arrays().items():
-            np.save(temporary / f"{name}.npy", array)
-        (temporary / "shape.json").write_text(json.dumps(shape, indent=1) + "\n")
-        os.rename(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.is_dir():  # else another rank was first
-            raise
 
 
 def _digest(shape: dict[str, int | str]) -> str:

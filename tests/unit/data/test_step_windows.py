@@ -12,7 +12,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.data import DataConfig, DatasetConfig
 from megatron_ext.config.objective import ObjectiveConfig
 from megatron_ext.config.train import TrainConfig
-from megatron_ext.data import PackedDataset, build_data, context_indices
+from megatron_ext.data import PackedDataset, PackingRules, build_data, context_indices
 from megatron_ext.data.step_windows import documents_in_window
 from megatron_ext.objectives import build_objective
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, load_vision_tokenizer, save_vision_tokenizer, to_uint8
@@ -94,7 +94,7 @@ def test_the_documents_are_what_the_ids_say(workplace, vocabulary):
     """Segments, put together again, are the ids between the positions they are said to have."""
     kinds = set()
     for name in ("short", "long"):
-        packed = PackedDataset(workplace / name, vocabulary, LENGTH, 4)
+        packed = PackedDataset(workplace / name, vocabulary, PackingRules(seq_length=LENGTH, alignment=4))
         for number in range(len(packed)):
             ids = packed[number].ids
             for document in documents_in_window(packed, number):
@@ -118,7 +118,9 @@ def test_the_documents_are_what_the_ids_say(workplace, vocabulary):
 def test_a_clip_cut_between_frames(tmp_path, vocabulary):
     """Two of seven frames of 10 ids each and a block start do not fit beside each other in 40 ids: frames are split."""
     video = clip(np.random.default_rng(1), frames=7)
-    packed = PackedDataset(write_dataset(tmp_path / "clips", vocabulary, [[video]]), vocabulary, 40)
+    packed = PackedDataset(
+        write_dataset(tmp_path / "clips", vocabulary, [[video]]), vocabulary, PackingRules(seq_length=40)
+    )
     frames = [
         part.segment.codes_THW
         for _, number in sorted((packed.pieces(number)[0].start, number) for number in range(len(packed)))

@@ -1,21 +1,24 @@
 """Windows: every id once, labels inside pieces only, one cached index per shape."""
 
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from megatron_ext.config import InputError
-from megatron_ext.data import PackedDataset
+from megatron_ext.data import PackedDataset, PackingRules
 from megatron_ext.vocab import SentencePieceTokenizer, Text, VocabLayout, Vocabulary
 from tests.unit.data.samples import picture, random_dataset, text_of, write_dataset
 
 S = 64
+RULES = PackingRules(seq_length=S)
 
 
 @pytest.mark.parametrize("alignment", [1, 8])
 def test_every_id_once_and_labels_inside_pieces(tmp_path, vocabulary, alignment):
-    dataset = PackedDataset(random_dataset(tmp_path / "set", vocabulary), vocabulary, S, alignment)
+    rules = PackingRules(seq_length=S, alignment=alignment)
+    dataset = PackedDataset(random_dataset(tmp_path / "set", vocabulary), vocabulary, rules)
     rebuilt = [np.full(length, -1) for length in dataset.documents.lengths]
     for w in range(len(dataset)):
         window = dataset[w]
@@ -52,7 +55,7 @@ def test_padding_is_masked_by_position_not_by_id(tmp_path, text_model):
     layout = PadIsText(**{name: getattr(custom, name) for name in custom.__dataclass_fields__})
     vocabulary = Vocabulary(layout, text)
     prefix = write_dataset(tmp_path / "set", vocabulary, [[Text(np.full(10, layout.pad))]])
-    window = PackedDataset(prefix, vocabulary, 16)[0]
+    window = PackedDataset(prefix, vocabulary, PackingRules(seq_length=16))[0]
     assert (window.ids[1:11] == layout.pad).all() and (window.ids[12:] == layout.pad).all()
     assert window.mask.tolist() == [True] * 11 + [False] * 5
 
@@ -61,10 +64,12 @@ def test_what_cannot_fit_is_named(tmp_path, vocabulary):
     rng = np.random.default_rng(0)
     documents = [[picture(rng)], [text_of(vocabulary, 20, rng), picture(rng, 8, 8)], [text_of(vocabulary, 200, rng)]]
     prefix = write_dataset(tmp_path / "set", vocabulary, documents)
-    assert PackedDataset(prefix, vocabulary, S).skipped_keys == ("key/1",)
-    assert PackedDataset(prefix, vocabulary, 128).skipped_keys == ()
+    assert PackedDataset(prefix, vocabulary, RULES).skipped_keys == ("key/1",)
+    assert PackedDataset(prefix, vocabulary, PackingRules(seq_length=128)).skipped_keys == ()
     with pytest.raises(InputError, match="no document of .* fits into train.seq_length 4"):
-        PackedDataset(write_dataset(tmp_path / "big", vocabulary, [[picture(rng)]]), vocabulary, 4)
+        PackedDataset(
+            write_dataset(tmp_path / "big", vocabulary, [[picture(rng)]]), vocabulary, PackingRules(seq_length=4)
+        )
 
 
 def test_an_id_outside_the_vocabulary_is_named(tmp_path, vocabulary):
@@ -74,7 +79,7 @@ def test_an_id_outside_the_vocabulary_is_named(tmp_path, vocabulary):
     for foreign in (vocabulary.layout.size, -1):
         ids[30] = foreign  # documents of 22 ids: the second one
         ids.flush()
-        dataset = PackedDataset(prefix, vocabulary, 22)
+        dataset = PackedDataset(prefix, vocabulary, PackingRules(seq_length=22))
         fine = 0
         for window in range(3):
             if dataset.keys(window) == ("key/1",):
@@ -89,35 +94,35 @@ def test_the_index_is_cached_by_all_that_shaped_it(tmp_path, vocabulary):
     prefix = random_dataset(tmp_path / "set", vocabulary)
 
     def folders() -> int:
-        return len(list((tmp_path / "cache").iterdir()))
+        return len(list((tmp_path / "cache").glob("packing-*")))
 
-    def open_dataset(seq_length: int, alignment: int) -> PackedDataset:
-        return PackedDataset(prefix, vocabulary, seq_length, alignment, str(tmp_path / "cache"))
+    def open_dataset(**rules) -> PackedDataset:
+        return PackedDataset(prefix, vocabulary, replace(RULES, **rules), str(tmp_path / "cache"))
 
-    first = open_dataset(S, 1)
+    first = open_dataset()
     assert folders() == 1
     stamp = [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*"))]
-    again = open_dataset(S, 1)
+    again = open_dataset()
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "cache").rglob("*"))] == stamp
     assert again.identity == first.identity
     for name, array in first.index.arrays().items():
         np.testing.assert_array_equal(again.index.arrays()[name], array)
-    open_dataset(2 * S, 1)
-    open_dataset(S, 8)
-    assert folders() == 3
+    others = [{"seq_length": 2 * S}, {"alignment": 8}, {"shortest_cut": 4}, {"seed": 1}, {"buffer_documents": 9}]
+    assert len({open_dataset(**other).identity for other in others} | {first.identity}) == 6
+    assert folders() == 6
     random_dataset(tmp_path / "set", vocabulary, seed=1)
-    open_dataset(S, 1)
-    assert folders() == 4
+    open_dataset()
+    assert folders() == 7
 
 
 def _open_and_digest(prefix, vocabulary, barrier, results):
     barrier.wait()
-    dataset = PackedDataset(prefix, vocabulary, S)
+    dataset = PackedDataset(prefix, vocabulary, RULES)
     results.put(int(dataset[0].ids.sum()))
 
 
 def test_ranks_may_start_at_once(tmp_path, vocabulary):
-    """Also with the sidecar absent: both files are built by whoever comes, and seen whole by all."""
+    """Also with the sidecar absent: both files are seen whole by all."""
     prefix = random_dataset(tmp_path / "set", vocabulary, count=500)
     (tmp_path / "set.spans.npz").unlink()
     fork = multiprocessing.get_context("fork")
@@ -129,10 +134,18 @@ def test_ranks_may_start_at_once(tmp_path, vocabulary):
     for rank in ranks:
         rank.join()
     assert len(set(sums)) == 1 and all(rank.exitcode == 0 for rank in ranks)
-    assert len(list((tmp_path / "packing_cache").iterdir())) == 1
+    assert len(list((tmp_path / "packing_cache").glob("packing-*"))) == 1
+
+
+def test_fill_is_the_share_of_positions_with_ids(tmp_path, vocabulary):
+    rng = np.random.default_rng(0)
+    prefix = write_dataset(tmp_path / "set", vocabulary, [[picture(rng)], [picture(rng, 8, 8)], [picture(rng)]])
+    dataset = PackedDataset(prefix, vocabulary, RULES)
+    assert dataset.skipped_keys == ("key/1",)
+    assert dataset.fill == dataset.index.fill(S) == dataset.index.piece_length.sum() / (len(dataset) * S)
 
 
 def test_an_unwritable_cache_is_named(tmp_path, vocabulary):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="set data.cache_dir"):
-        PackedDataset(random_dataset(tmp_path / "set", vocabulary), vocabulary, S, 1, str(tmp_path / "file"))
+        PackedDataset(random_dataset(tmp_path / "set", vocabulary), vocabulary, RULES, str(tmp_path / "file"))
