@@ -56,12 +56,13 @@ def train(config: RunConfig) -> None:
         objective = build_objective(config.objective, vocab.layout)
         model = build_model(config.model, config.parallel, vocab.layout, topology, config.train.seed)
         optimizer = build_optimizer(config.optim, config.parallel, model, topology, config.train.train_steps)
-        identities = {"data": data.train.identity, "vision_tokenizer": data.vision_tokenizer}
+        identities = {"vision_tokenizer": data.vision_tokenizer}
         checkpoint = DecoderCheckpoint(
             config.checkpoint, run.folder, optimizer, topology, vocab, identities, config_yaml
         )
-        run.add_provenance(identities=checkpoint.identities)
         state = resume_or_init(config.checkpoint, checkpoint, optimizer, topology)
+        data = data.resumed(state.blend, state.consumed_samples, config.data.allow_change)
+        run.add_provenance(identities={**checkpoint.identities, "data": data.train.identity})
         runner = MicrobatchRunner(optimizer.model, objective, topology, seed=config.train.seed)
         trainer = Trainer(config.train, config.resilience, data, runner, optimizer, checkpoint, run)
         state = trainer.fit(state)

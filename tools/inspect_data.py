@@ -19,7 +19,7 @@ from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate as validate_config
-from megatron_ext.data import KINDS, DocumentDataset, Loader, build_data
+from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, build_data
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
@@ -167,6 +167,7 @@ def inspect_step(config: InspectStepConfig) -> None:
     data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))
     objective = build_objective(config.objective, vocabulary.layout)
     consumed, is_recorded = consumed_before(config.observe.run_dir, config.step, config.train)
+    data = _as_it_went_on(data, config.observe.run_dir, consumed)
     windows = step_windows(data.train, consumed, data_ranks, objective.weights)
     weight_sum = sum(int(window.weights_S.sum()) for window in windows)
     header = [
@@ -185,6 +186,27 @@ def inspect_step(config: InspectStepConfig) -> None:
     _print_windows(header, shown, data.train, vocabulary, config.longest_text)
     if config.output is not None:
         _write_page(config, shown, data.train, vocabulary, data.vision_tokenizer)
+
+
+def _as_it_went_on(data: Data, run_dir: str, consumed: int) -> Data:
+    """The data of a run whose blend a restart has changed, as its newest checkpoint says.
+
+    Raises:
+        InputError: the samples after `consumed` were taken with the blend of before.
+    """
+    from megatron_ext.checkpoint.store import latest_checkpoint, read_metadata
+    from megatron_ext.train import TrainState
+
+    checkpoint = latest_checkpoint(Path(run_dir) / "checkpoints")
+    state = TrainState() if checkpoint is None else TrainState.from_dict(read_metadata(checkpoint)["train_state"])
+    if state.blend is None or state.blend.first_sample == 0:
+        return data
+    if consumed < state.blend.first_sample:
+        raise InputError(
+            f"sample {consumed} of {run_dir} was taken before the blend changed, at sample {state.blend.first_sample}: "
+            "its order follows from an earlier checkpoint"
+        )
+    return data.resumed(state.blend, state.consumed_samples, allow_change=True)
 
 
 def _print_windows(

@@ -40,6 +40,9 @@ class DataConfig:
     """Whether texts are cut to fill what pictures leave of a window. Windows get fuller, but cut documents teach worse
     (Ding et al. 2024, arXiv 2404.10830); pictures and frames are never cut."""
 
+    allow_change: bool = False
+    """Whether a run may go on with other datasets than its checkpoint has read; other weights need no permission."""
+
     max_bad_fraction: float = 0.01
     """Largest share of a dataset's documents that may not fit, with a picture or frame longer than a window; they are
     skipped and named, more of them stop the run."""

@@ -3,13 +3,15 @@
 // search for the next set bit in a 64-ary tree of bitmaps (three levels at a window of 131,072 ids).
 //
 // Memory: 12 bytes per piece and 8 per window, which are the result; 4 per document are the caller's lengths. Beyond
-// that, one buffer's scratch of 24 bytes per piece: a buffer's pieces are freed as soon as they are in the result.
+// that, scratch for one buffer, of about 28 bytes per piece. Where texts may be cut, 12 more per piece: then a buffer
+// ends with more pieces than it began with, and cannot be packed in its place.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -172,27 +174,29 @@ class Windows {
   explicit Windows(const Rules& rules)
       : rules_(rules), capacity_(rules.seq_length / rules.alignment), rooms_(capacity_ + 1), top_(capacity_ + 1) {}
 
-  // Packs `pieces`, of which those from `texts` on may be cut where the rules allow it, and appends them to `result`.
-  void pack(std::vector<Piece>& pieces, std::size_t texts, Result& result) {
-    pieces_ = &pieces;
+  // Packs the pieces [first, last) of `pool`, where the length of a text is negative if texts may be cut, and appends
+  // the windows to `result`. Its pieces may be those of `pool` up to `first`.
+  void pack(const Piece* first, const Piece* last, Result& result) {
+    pieces_.clear();
+    std::copy_if(first, last, std::back_inserter(pieces_), [](const Piece& piece) { return piece.length > 0; });
+    const std::size_t texts = pieces_.size();
+    for (; first != last; ++first) {
+      if (first->length < 0) pieces_.push_back(Piece{first->document, first->start, -first->length});
+    }
     rooms_.clear();
     std::fill(top_.begin(), top_.end(), -1);
     below_.clear();
-    window_of_.assign(pieces.size(), 0);
+    window_of_.assign(pieces_.size(), 0);
     sort_by_length(0, texts);
     for (const auto piece : order_) place(piece);
-    sort_by_length(texts, pieces.size());
-    if (rules_.shortest_cut > 0) {
-      place_texts();
-    } else {
-      for (const auto piece : order_) place(piece);
-    }
+    sort_by_length(texts, pieces_.size());
+    place_texts();
     append_to(result);
   }
 
  private:
   std::int32_t units(std::int32_t piece) const {
-    return ((*pieces_)[piece].length + rules_.alignment - 1) / rules_.alignment;
+    return (pieces_[piece].length + rules_.alignment - 1) / rules_.alignment;
   }
 
   // order_ := the pieces [first, last), longest first, equal ones in their order.
@@ -254,30 +258,30 @@ class Windows {
   bool cut_into_rooms(std::int32_t piece) {
     while (!place_in_room(piece)) {
       const std::int64_t room = rooms_.largest();
-      const Piece whole = (*pieces_)[piece];
+      const Piece whole = pieces_[piece];
       const std::int64_t most = (whole.length - rules_.shortest_cut) / rules_.alignment;
       const std::int64_t head = std::min(room, most) * rules_.alignment;
       if (room < 0 || head < rules_.shortest_cut) return false;
       const auto cut = static_cast<std::int32_t>(head);
       window_of_.push_back(take_room(room));
       give_room(window_of_.back(), static_cast<std::int32_t>(room) - cut / rules_.alignment);
-      pieces_->push_back(Piece{whole.document, whole.start, cut});
-      (*pieces_)[piece].start += cut;
-      (*pieces_)[piece].length -= cut;
+      pieces_.push_back(Piece{whole.document, whole.start, cut});
+      pieces_[piece].start += cut;
+      pieces_[piece].length -= cut;
     }
     return true;
   }
 
   void append_to(Result& result) {
-    const auto base = static_cast<std::int64_t>(result.pieces.size());
+    const std::int64_t base = result.window_offsets.back();
     const std::size_t windows = below_.size();
     auto& next = below_;  // the stacks are done with
     std::fill(next.begin(), next.end(), 0);
     for (const auto window : window_of_) ++next[window];
     std::int32_t before = 0;
     for (auto& count : next) before += std::exchange(count, before);
-    result.pieces.resize(base + pieces_->size());
-    for (std::size_t i = 0; i < pieces_->size(); ++i) result.pieces[base + next[window_of_[i]]++] = (*pieces_)[i];
+    result.pieces.resize(std::max(result.pieces.size(), base + pieces_.size()));
+    for (std::size_t i = 0; i < pieces_.size(); ++i) result.pieces[base + next[window_of_[i]]++] = pieces_[i];
     for (std::size_t window = 0; window < windows; ++window) {
       if (rules_.shortest_cut > 0) {  // media are before texts in the buffer, and heads after them
         const auto first = result.pieces.begin() + result.window_offsets.back();
@@ -297,34 +301,36 @@ class Windows {
   Int32s counts_;  // scratch of the sort
   Int32s order_;
   Int32s window_of_;
-  std::vector<Piece>* pieces_ = nullptr;
+  std::vector<Piece> pieces_;
 };
 
 Result pack_documents(const Documents& documents, const Rules& rules) {
   Result result;
-  std::vector<std::int64_t> sizes(rules.buffers, 0);
-  result.skipped = visit_pieces(documents, rules, [&](std::uint32_t buffer, bool, const Piece&) { ++sizes[buffer]; });
-  std::vector<std::vector<Piece>> buffers(rules.buffers), texts(rules.buffers);
-  std::int64_t total = 0;
-  for (std::uint32_t buffer = 0; buffer < rules.buffers; ++buffer) {
-    buffers[buffer].reserve(sizes[buffer]);
-    total += sizes[buffer];
-  }
+  Int64s ends(rules.buffers + 1, 0);  // first the number of pieces of each buffer, then where the next of them goes
+  result.skipped = visit_pieces(documents, rules, [&](std::uint32_t buffer, bool, const Piece&) { ++ends[buffer + 1]; });
+  for (std::uint32_t buffer = 0; buffer < rules.buffers; ++buffer) ends[buffer + 1] += ends[buffer];
+  const std::int64_t total = ends.back();
   const bool cuts = rules.shortest_cut > 0;
-  visit_pieces(documents, rules, [&](std::uint32_t buffer, bool is_text, const Piece& piece) {
-    (cuts && is_text ? texts : buffers)[buffer].push_back(piece);
+  std::vector<Piece> pool(total);
+  visit_pieces(documents, rules, [&](std::uint32_t buffer, bool is_text, Piece piece) {
+    if (cuts && is_text) piece.length = -piece.length;
+    pool[ends[buffer]++] = piece;
   });
-  // Reserved memory costs nothing before it is written, a vector that grows is copied. A cut fills a window or ends a
-  // text: there are at most twice as many pieces with cuts.
-  result.pieces.reserve(cuts ? 2 * total : total);
+  // Reserved memory costs nothing before it is written, and a vector that grows is copied. A cut fills a window or ends
+  // a text, so that there are at most twice as many pieces with cuts.
+  result.window_offsets.reserve(total + 1);
   Windows windows(rules);
-  for (std::uint32_t buffer = 0; buffer < rules.buffers; ++buffer) {
-    auto& pieces = buffers[buffer];
-    const std::size_t media = pieces.size();
-    pieces.insert(pieces.end(), texts[buffer].begin(), texts[buffer].end());
-    std::vector<Piece>().swap(texts[buffer]);
-    windows.pack(pieces, cuts ? media : 0, result);
-    std::vector<Piece>().swap(pieces);
+  std::int64_t first = 0;
+  if (cuts) {
+    result.pieces.reserve(2 * total);
+    for (std::uint32_t buffer = 0; buffer < rules.buffers; first = ends[buffer++]) {
+      windows.pack(pool.data() + first, pool.data() + ends[buffer], result);
+    }
+  } else {
+    result.pieces.swap(pool);
+    for (std::uint32_t buffer = 0; buffer < rules.buffers; first = ends[buffer++]) {
+      windows.pack(result.pieces.data() + first, result.pieces.data() + ends[buffer], result);
+    }
   }
   return result;
 }

@@ -1,6 +1,7 @@
 """Global batches of a run: a function of (seed, consumed samples) and nothing else.
 
-The loader keeps no state: told how many samples the run has consumed, it gives the next global batch. Data rank r of R
+The loader keeps no state: told how many samples the run has consumed, it gives the next global batch. Where a restart
+changed the blend, it also knows what the run had read of each dataset by then (progress.py). Data rank r of R
 holds in microbatch k the samples consumed + (k * R + r) * micro_batch_size + j: the global batch is the same set of
 windows for every layout.
 """
@@ -10,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +21,7 @@ from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.batch import Batch, collate, slice_for_context
 from megatron_ext.data.order import Blend
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
+from megatron_ext.data.progress import BlendChange, BlendProgress, DatasetProgress, go_on
 from megatron_ext.data.synthetic import RandomDocuments
 from megatron_ext.data.windows import PackedDataset
 from megatron_ext.vocab import Vocabulary
@@ -51,7 +53,9 @@ class Loader:
     ):
         self.datasets = tuple(datasets)
         self.dataset_names = _short_names([dataset.name for dataset in datasets])
+        self._weights = tuple(weights)
         self._blend = Blend(weights, [len(dataset) for dataset in datasets], train.seed, self.dataset_names)
+        self._past: tuple[DatasetProgress, ...] = ()
         self._attention_scope = attention_scope
         self._train = train
         self._topology = topology
@@ -103,10 +107,48 @@ class Loader:
             )
         ]
 
+    def progress(self, consumed_samples: int) -> BlendProgress:
+        """What the run has read of each dataset after `consumed_samples` samples, for its checkpoint."""
+        blend = self._blend
+        return BlendProgress(
+            seed=self._train.seed,
+            first_sample=blend.start.sample,
+            datasets=(
+                *(
+                    DatasetProgress(
+                        name=name,
+                        identity=dataset.identity,
+                        number=blend.start.numbers[place],
+                        slots=blend.slots[place],
+                        before=blend.start.consumed[place],
+                        consumed=blend.consumed(place, consumed_samples),
+                    )
+                    for place, (name, dataset) in enumerate(zip(self.dataset_names, self.datasets, strict=True))
+                ),
+                *self._past,
+            ),
+        )
+
+    def resumed(
+        self, saved: BlendProgress, consumed_samples: int, allow_change: bool
+    ) -> tuple["Loader", BlendChange | None]:
+        """The same datasets and weights as the run goes on with them after a checkpoint, and what changed.
+
+        Raises:
+            InputError: another seed; datasets that came or went, without `allow_change`.
+        """
+        next_ = go_on(saved, self.progress(0), consumed_samples, allow_change)
+        loader = copy.copy(self)
+        loader._past = next_.past
+        loader._blend = Blend(self._weights, self._blend.sizes, self._train.seed, self.dataset_names, next_.start)
+        return loader, next_.change
+
     @property
     def identity(self) -> str:
         """Names the endless sequence of windows: with equal identities, equal consumed samples mean equal data."""
         content = [self._train.seed, self._blend.slots, [dataset.identity for dataset in self.datasets]]
+        if self._blend.start.sample:
+            content.append(asdict(self._blend.start))
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def summary(self, samples: int) -> list[str]:
@@ -135,6 +177,26 @@ class Data:
 
     vision_tokenizer: str | None
     """Identity of the vision tokenizer of all pictures; None where there are none."""
+
+    change: BlendChange | None = None
+    """How this start changed the blend of the checkpoint that it goes on from."""
+
+    def resumed(self, saved: BlendProgress | None, consumed_samples: int, allow_change: bool) -> "Data":
+        """The data as a run goes on with it after a checkpoint that holds `saved`; the held-out data stays.
+
+        Raises:
+            InputError: another seed; without `allow_change`: datasets that came or went, or a checkpoint that does not
+                say what it has read.
+        """
+        if saved is None:
+            if consumed_samples and not allow_change:
+                raise InputError(
+                    f"the checkpoint has consumed {consumed_samples:,} samples and does not say of which datasets: set "
+                    "data.allow_change true to go on as if of these"
+                )
+            return self
+        loader, change = self.train.resumed(saved, consumed_samples, allow_change)
+        return replace(self, train=loader, change=change)
 
 
 def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, topology: BatchTopology) -> Data:

@@ -8,6 +8,7 @@ All randomness is BLAKE2b/SHAKE-256 of (seed, purpose, numbers): the same on eve
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
@@ -94,6 +95,18 @@ def apportion(weights: Sequence[float], names: Sequence[str] | None = None) -> t
     return tuple(slots)
 
 
+@dataclass(frozen=True, kw_only=True)
+class BlendStart:
+    """Where in a run a blend of D datasets begins: at its first sample, or at a restart that changed the blend."""
+
+    sample: int
+    """The blend's first."""
+    numbers: tuple[int, ...]
+    """D numbers that key the datasets' permutations."""
+    consumed: tuple[int, ...]
+    """Windows of each of the D that the run had consumed before."""
+
+
 class Blend:
     """Sample i of a run: `blend[i] -> (dataset, window)`.
 
@@ -106,9 +119,18 @@ class Blend:
         sizes: windows of each dataset.
         seed: of the run.
         names: of the datasets, for messages.
+        start: where the blend begins; None: with the run.
     """
 
-    def __init__(self, weights: Sequence[float], sizes: Sequence[int], seed: int, names: Sequence[str] | None = None):
+    def __init__(
+        self,
+        weights: Sequence[float],
+        sizes: Sequence[int],
+        seed: int,
+        names: Sequence[str] | None = None,
+        start: BlendStart | None = None,
+    ):
+        self.start = start or BlendStart(sample=0, numbers=tuple(range(len(sizes))), consumed=(0,) * len(sizes))
         self.slots = apportion(weights, names)
         self.sizes = tuple(int(size) for size in sizes)
         self.seed = seed
@@ -122,20 +144,25 @@ class Blend:
 
     def locate(self, index: int) -> tuple[int, int, int]:
         """(dataset, how many times that dataset was seen whole before, window) of sample `index`."""
-        if index < 0:
-            raise IndexError(f"sample index {index} is negative")
-        period, place = divmod(index, self.period)
+        if index < self.start.sample:
+            raise IndexError(f"sample {index} is before the blend's first, {self.start.sample}")
+        period, place = divmod(index - self.start.sample, self.period)
         datasets, ranks = self._places(period)
         dataset = int(datasets[place])
-        epoch, position = divmod(period * self.slots[dataset] + int(ranks[place]), self.sizes[dataset])
-        key = derive_key(self.seed, "epoch", dataset, epoch)
+        consumed = self.start.consumed[dataset] + period * self.slots[dataset] + int(ranks[place])
+        epoch, position = divmod(consumed, self.sizes[dataset])
+        key = derive_key(self.seed, "epoch", self.start.numbers[dataset], epoch)
         return dataset, epoch, Permutation(key, self.sizes[dataset])[position]
 
     def epoch(self, dataset: int, samples: int) -> float:
         """How often `dataset` has been seen after `samples` samples of the run, as a fraction of its windows."""
-        period, place = divmod(samples, self.period)
-        seen = period * self.slots[dataset] + int((self._places(period)[0][:place] == dataset).sum())
-        return seen / self.sizes[dataset]
+        return self.consumed(dataset, samples) / self.sizes[dataset]
+
+    def consumed(self, dataset: int, samples: int) -> int:
+        """Windows of `dataset` among the first `samples` samples of the run."""
+        period, place = divmod(samples - self.start.sample, self.period)
+        here = period * self.slots[dataset] + int((self._places(period)[0][:place] == dataset).sum())
+        return self.start.consumed[dataset] + here
 
     def _draw_places(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """For each place in a period: its dataset, and how many places of that dataset come before it."""

@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from megatron_ext.checkpoint import read_metadata
-from megatron_ext.data.order import Blend
 from megatron_ext.observe.provenance import read_provenance
 from megatron_ext.observe.writers import read_json_lines
 
@@ -39,7 +38,7 @@ def provenance_of(checkpoint: Path) -> dict[str, Any]:
         "init_from": config.get("checkpoint", {}).get("init_from"),
         "vision_tokenizer": metadata.get("vision_tokenizer"),
         "starts": [_start(start) for start in starts],
-        "datasets": _datasets(config, starts, state.get("consumed_samples")),
+        "datasets": _datasets(config, starts, state.get("blend")),
         "losses": _losses(run / "metrics.jsonl", metadata["step"]) if state else {},
         "config": config,
         "exported_with": _versions({name: _version(name) for name in ("megatron-ext-emu3", *PACKAGES)}),
@@ -65,23 +64,25 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _datasets(config: dict[str, Any], starts: list[dict[str, Any]], samples: int | None) -> list[dict[str, Any]]:
+def _datasets(
+    config: dict[str, Any], starts: list[dict[str, Any]], read: dict[str, Any] | None
+) -> list[dict[str, Any]]:
     """Each dataset of the training blend: its share, the ids seen of it, the hash of its manifest.
 
-    The order of a run is a function of (seed, sample number), so how much of a dataset was seen follows from the
-    configuration; the hash is the newest start's, or that of the file if it is still there.
+    The checkpoint says how many windows were seen, in `read`; the hash is the newest start's, or that of the file if it
+    is still there.
     """
     blend = config.get("data", {}).get("train") or []
     if not blend:
         return []
     weights = [dataset.get("weight", 1.0) for dataset in blend]
-    windows = Blend(weights, [1] * len(blend), config["train"].get("seed", 0))  # in "epochs" of one window
+    windows = [dataset["consumed"] for dataset in read["datasets"]] if read else None
     hashes = dict(starts[-1].get("manifests") or {}) if starts else {}
     return [
         {
             "name": Path(dataset["prefix"]).name,
             "weight": weight,
-            "tokens": None if samples is None else round(windows.epoch(n, samples)) * config["train"]["seq_length"],
+            "tokens": None if windows is None else windows[n] * config["train"]["seq_length"],
             "manifest_sha256": hashes.get(dataset["prefix"]) or _sha256(Path(f"{dataset['prefix']}.manifest.json")),
         }
         for n, (dataset, weight) in enumerate(zip(blend, weights, strict=True))

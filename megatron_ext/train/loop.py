@@ -1,5 +1,6 @@
 """Fit: the loop over optimizer steps, with evaluation, saving and stopping."""
 
+import dataclasses
 import time
 
 import torch
@@ -54,6 +55,8 @@ class Trainer:
     def fit(self, state: TrainState) -> TrainState:
         """Train until the last step, the exit interval or a signal. The state reached is saved."""
         self.run.truncate_after(state.step)
+        if self.data.change is not None:
+            self.run.log_event("blend", step=state.step, **dataclasses.asdict(self.data.change))
         if state.step >= self.train.train_steps:
             self.run.console.print(f"nothing to do: step {state.step} of {self.train.train_steps} is done")
             return state
@@ -111,7 +114,8 @@ class Trainer:
             state = state.remember(remembered(state.measured, (losses["loss"], grad_norm), self.resilience))
         synchronize(self.topology.device)
         seconds = time.perf_counter() - started
-        state = state.advance(samples, self.train.seq_length)
+        blend = self.data.train.progress(state.consumed_samples + samples)
+        state = state.advance(samples, self.train.seq_length, blend)
         self.run.log_metrics(
             {
                 "step": state.step,

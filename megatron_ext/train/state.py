@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ext.data.progress import BlendProgress
+
 
 @dataclass(frozen=True)
 class TrainState:
@@ -26,19 +28,24 @@ class TrainState:
     measured: tuple[tuple[float, float], ...] = ()
     """(loss, gradient norm) of the last good steps, where spikes are looked for."""
 
+    blend: BlendProgress | None = None
+    """What was read of each dataset, passed over included; None before the first step."""
+
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
         """The state that `as_dict` gave, perhaps through JSON."""
         pairs = {name: tuple(map(tuple, saved.get(name, ()))) for name in ("passed_over", "measured")}
-        return cls(**saved | pairs)
+        blend = saved.get("blend")
+        return cls(**saved | pairs | {"blend": blend and BlendProgress.from_dict(blend)})
 
-    def advance(self, samples: int, seq_length: int) -> "TrainState":
-        """The state after one more optimizer step over `samples` windows."""
+    def advance(self, samples: int, seq_length: int, blend: BlendProgress | None = None) -> "TrainState":
+        """The state after one more optimizer step over `samples` windows, where it has read `blend`."""
         return dataclasses.replace(
             self,
             step=self.step + 1,
             consumed_samples=self.consumed_samples + samples,
             consumed_tokens=self.consumed_tokens + samples * seq_length,
+            blend=blend,
         )
 
     def remember(self, measured: tuple[tuple[float, float], ...]) -> "TrainState":

@@ -80,7 +80,7 @@ def test_the_dev_extra_is_what_tests_import():
     project = PROJECT["project"]
     imported = third_party(files_of_tests())
     available = declared(project["dependencies"] + project["optional-dependencies"]["dev"])
-    assert imported <= available
+    assert imported - {"benchmarks"} <= available  # in the repository, not installed
 
 
 @pytest.mark.parametrize("lock", ["constraints-cpu.txt", "constraints-cuda.txt"])

@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 import pretrain_emu3
-from megatron_ext.config import run_program
+from megatron_ext.config import InputError, run_program
+from megatron_ext.observe.writers import read_json_lines
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
 from tests.integration.fault_rows import ROWS, Row, preprocess, pretrain, text_tokenizer, tokenize
 from tests.support.small_run import write_small_run
 from tests.unit.data.samples import CODEBOOK_SIZE, write_tokenized_folder
+from tools import inspect_data
 
 VISION = VisionTokenizerConfig(
     codebook_size=CODEBOOK_SIZE, ch=32, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=()
@@ -139,11 +141,28 @@ def test_a_run_folder_of_another_configuration(workplace, tmp_path, capsys):
     out.mkdir()
     pretrain_emu3.main(pretrain("--train.train_steps 1").arguments.format(w=workplace, out=out).split())
     for arguments, *names in (
-        ("--train.seed 7", "step_00000001", "was trained with data", "observe.run_dir"),
+        ("--train.seed 7", "train.seed is 7, the run began with", "start anew"),
         ("--model.hidden_size 32", "step_00000001", "was trained with model", "hidden_size 16", "hidden_size 32"),
     ):
         line = told(pretrain(arguments), workplace, out, capsys)
         assert not [name for name in names if name not in line], line
+    blend = '--data.train [{{"prefix":"{w}/train"}},{{"prefix":"{w}/valid","weight":3}}] '
+    line = told(pretrain(blend), workplace, out, capsys)
+    assert "data.train has changed: the run has not read valid: " in line and "data.allow_change true" in line
+    allowed = pretrain(f"{blend} --data.allow_change true --train.train_steps 2 --train.global_batch_size 8")
+    pretrain_emu3.main(allowed.arguments.format(w=workplace, out=out).split())
+    (event,) = [event for event in read_json_lines(out / "run" / "events.jsonl") if event["event"] == "blend"]
+    assert (event["step"], event["sample"], event["added"], event["removed"]) == (1, 4, ["valid"], [])
+    assert event["shares"] == {"train": 0.25, "valid": 0.75}
+    shown = [*allowed.arguments.format(w=workplace, out=out).split(), "--step"]
+    capsys.readouterr()
+    inspect_data.main([*shown, "3"])
+    printed = capsys.readouterr().out
+    assert "step 3: samples 12..19" in printed and "NOT the data" not in printed and " of valid" in printed
+    with pytest.raises(InputError, match="sample 0 of .* was taken before the blend changed, at sample 4"):
+        inspect_data.main([*shown, "1", "--train.global_batch_size", "4"])
+    shutil.rmtree(out / "run" / "checkpoints" / "step_00000002")
+    (out / "run" / "checkpoints" / "latest").write_text("step_00000001\n")
     other = f"--model.num_layers 2 --checkpoint.init_from {out}/run --observe.run_dir {out}/other"
     line = told(pretrain(other), workplace, out, capsys)
     assert "was trained with model num_layers 1" in line and "num_layers 2" in line

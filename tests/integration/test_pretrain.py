@@ -190,8 +190,8 @@ def test_init_from_takes_weights_only(workplace, straight):
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (("--train.seed", "7"), "was trained with data"),
-        (("--data.document_alignment", "8"), "was trained with data"),
+        (("--train.seed", "7"), "train.seed is 7, the run began with"),
+        (("--data.document_alignment", "8"), "train has other windows than it had"),
         (("--vocab.codebook_size", "51"), "vocabulary"),
         (("--model.hidden_size", "64"), "was trained with model num_layers 2, hidden_size 32"),
     ],
