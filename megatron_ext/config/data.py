@@ -9,7 +9,7 @@ class DatasetConfig:
     """One indexed dataset of a blend."""
 
     prefix: str
-    """Path of the .bin/.idx pair without its suffix."""
+    """Path of the .bin/.idx pair without its suffix; s3://BUCKET/PATH on an object store."""
 
     weight: float = 1.0
     """Share of the windows, relative to the other datasets' weights."""
@@ -48,4 +48,4 @@ class DataConfig:
     skipped and named, more of them stop the run."""
 
     cache_dir: str | None = None
-    """Folder of the packing index; empty puts it beside the first dataset."""
+    """Folder of the packing index, and of what is copied from an object store; empty: beside the first dataset."""

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import shutil
+import struct
 import tempfile
 import zipfile
 from collections import Counter
@@ -29,6 +30,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ext.config import InputError, writing
+from megatron_ext.data.npz import map_npz
+from megatron_ext.data.object_store import RemoteDataset, is_remote
 from megatron_ext.data.packing import Spans
 from megatron_ext.vocab import Segment, Text, Video, Vocabulary, decode_document, encode_document, spans
 
@@ -140,11 +143,11 @@ class Sidecar:
 
     @classmethod
     def read(cls, path: Path) -> "Sidecar":
-        """Raises InputError: the file is no sidecar."""
+        """Memory-mapped. Raises InputError: the file is no sidecar."""
         try:
-            with np.load(path) as archive:
-                return cls(**{field.name: archive[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            arrays = map_npz(path)
+            return cls(**{field.name: arrays[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError, struct.error, zipfile.BadZipFile) as error:
             raise InputError(f"{path} is damaged ({error}): remove it, it will be rebuilt") from None
 
 
@@ -269,14 +272,21 @@ class DocumentWriter:
 
 
 class DocumentDataset:
-    """Reads a dataset, memory-mapped; `len` is the number of documents.
+    """Reads a dataset, memory-mapped or from an object store; `len` is the number of documents.
+
+    Args:
+        prefix: path without suffix, or s3://BUCKET/PATH.
+        vocabulary: of the ids.
+        cache_dir: local folder for what is copied from an object store.
 
     Raises:
         InputError: a file is missing or not the manifest's, or the dataset was made with another vocabulary.
     """
 
-    def __init__(self, prefix: str | Path, vocabulary: Vocabulary):
-        self.prefix = Path(prefix)
+    def __init__(self, prefix: str | Path, vocabulary: Vocabulary, cache_dir: str | None = None):
+        self.name = str(prefix)
+        remote = RemoteDataset(str(prefix), cache_dir) if is_remote(prefix) else None
+        self.prefix = remote.local_prefix if remote else Path(prefix)
         self.vocabulary = vocabulary
         self.manifest = Manifest.read(_path(self.prefix, ".manifest.json"))
         if self.manifest.vocabulary != vocabulary.identity:
@@ -285,8 +295,9 @@ class DocumentDataset:
                 "set section vocab as it was at preprocessing, or preprocess again"
             )
         for suffix in (".bin", ".idx"):
-            _check_size(_path(self.prefix, suffix), int(self.manifest.files[suffix]["bytes"]))
-        self._ids = IndexedDataset(str(self.prefix), mmap=True)
+            size = remote.size(suffix) if remote else _size(_path(self.prefix, suffix))
+            _check_size(self.name + suffix, size, int(self.manifest.files[suffix]["bytes"]))
+        self._ids = remote.open_ids() if remote else IndexedDataset(str(self.prefix), mmap=True)
 
     @classmethod
     def open(cls, prefix: str | Path) -> "DocumentDataset":
@@ -351,8 +362,11 @@ def _path(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
-def _check_size(path: Path, size: int) -> None:
-    found = path.stat().st_size if path.exists() else None
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.exists() else None
+
+
+def _check_size(path: str, found: int | None, size: int) -> None:
     if found != size:
         state = "is missing" if found is None else f"has {found} bytes, its manifest says {size}"
         raise InputError(f"{path} {state}: preprocess the data again")

@@ -19,6 +19,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.data import DataConfig, DatasetConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.batch import Batch, collate, slice_for_context
+from megatron_ext.data.object_store import is_remote
 from megatron_ext.data.order import Blend
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.progress import BlendChange, BlendProgress, DatasetProgress, go_on
@@ -212,13 +213,16 @@ def build_data(data: DataConfig, train: TrainConfig, vocabulary: Vocabulary, top
         shortest_cut=SHORTEST_CUT if data.cut_text_to_fill else 0,
         seed=data.packing_seed,
     )
+    cache_dir = data.cache_dir
+    if cache_dir is None and not is_remote(data.train[0].prefix):
+        cache_dir = str(Path(data.train[0].prefix).parent / "packing_cache")
     packed = {
         section: [
             PackedDataset(
                 dataset.prefix,
                 vocabulary,
                 rules,
-                data.cache_dir or str(Path(data.train[0].prefix).parent / "packing_cache"),
+                cache_dir,
             )
             for dataset in datasets
         ]

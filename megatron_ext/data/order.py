@@ -166,6 +166,8 @@ class Blend:
 
     def _draw_places(self, period: int) -> tuple[np.ndarray, np.ndarray]:
         """For each place in a period: its dataset, and how many places of that dataset come before it."""
+        if len(self.slots) == 1:
+            return np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
         in_order = np.repeat(np.arange(len(self.slots)), self.slots)
         draw = hashlib.shake_256(derive_key(self.seed, "period", period)).digest(8 * self.period)
         datasets = in_order[np.argsort(np.frombuffer(draw, dtype="<u8"), kind="stable")]

@@ -46,7 +46,8 @@ class PackedDataset:
         prefix: of the indexed dataset.
         vocabulary: it must be the dataset's.
         rules: how documents are packed; S is `rules.seq_length`.
-        cache_dir: folder of the packed index; None puts it beside the dataset.
+        cache_dir: folder of the packed index, and of what is copied from an object store; None puts the index beside
+            the dataset.
 
     Raises:
         InputError: an incomplete dataset, another vocabulary, nothing to pack, or a cache that cannot be written.
@@ -59,7 +60,7 @@ class PackedDataset:
         rules: PackingRules,
         cache_dir: str | None = None,
     ):
-        self.documents = DocumentDataset(prefix, vocabulary)
+        self.documents = DocumentDataset(prefix, vocabulary, cache_dir)
         self.rules = rules
         self.seq_length = rules.seq_length
         self._pad, self._num_ids = vocabulary.layout.pad, vocabulary.layout.size
@@ -90,7 +91,7 @@ class PackedDataset:
     @property
     def name(self) -> str:
         """Path of the indexed dataset, without suffix."""
-        return str(self.documents.prefix)
+        return self.documents.name
 
     def pieces(self, window: int) -> tuple[Piece, ...]:
         """What a window is made of, in order."""

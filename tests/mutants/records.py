@@ -295,6 +295,14 @@ UPDATES = (
         tests=RESUMED,
     ),
     Mutant(
+        name="datasets from their beginning after a change of weights",
+        resembles="a new blend is a new shuffle: windows are read twice in an epoch, others never",
+        file="megatron_ext/data/progress.py",
+        old="consumed = tuple(theirs.consumed if theirs else 0 for theirs in found)",
+        new="consumed = tuple(0 for theirs in found)",
+        tests=("tests/unit/data/test_progress.py",),
+    ),
+    Mutant(
         name="one Adam step for all parameters after a load",
         resembles="megatron-core's own: bias correction runs away after a resume (docs/numerics.md)",
         file="megatron_ext/checkpoint/decoder.py",

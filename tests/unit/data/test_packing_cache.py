@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megatron_ext.config import InputError
+from megatron_ext.data.built_once import LOCK
 from megatron_ext.data.packing import PackedIndex
-from megatron_ext.data.packing_cache import LOCK, cached_index
+from megatron_ext.data.packing_cache import cached_index
 
 FORK = multiprocessing.get_context("fork")
 
@@ -75,8 +76,10 @@ def test_a_killed_builder_is_followed_by_the_next(folder, processes):
     waiting = processes.start(0)
     time.sleep(0.2)
     assert waiting.is_alive() and processes.builders.value == 1, "the second waits for the first"
-    unfinished = folder.with_name(f"{folder.name}.{os.uname().nodename}.abcd")  # as if killed while it writes
-    foreign = folder.with_name(f"{folder.name}.another-machine.abcd")  # perhaps at work, where locks do not reach it
+    unfinished = folder.with_name(
+        f"{folder.name}.unfinished-{os.uname().nodename}.abcd"
+    )  # as if killed while it writes
+    foreign = folder.with_name(f"{folder.name}.unfinished-another.abcd")  # perhaps at work, where locks do not reach it
     for path in (unfinished, foreign):
         path.mkdir()
         (path / "pieces.npy").write_bytes(b"half")
@@ -97,7 +100,7 @@ def test_without_locks_the_first_rename_wins(folder, monkeypatch, caplog):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     assert cached_index(folder, {}, build_late).pieces.tolist() == [[7, 0, 9]]
-    assert sorted(os.listdir(folder.parent)) == [folder.name, LOCK], "what the loser wrote is gone"
+    assert sorted(os.listdir(folder.parent)) == sorted([folder.name, LOCK]), "what the loser wrote is gone"
     assert "cannot be locked (Operation not supported)" in caplog.text
 
 
