@@ -43,7 +43,7 @@ class Processes:
 
     def start(self, seconds: float) -> multiprocessing.Process:
         arguments = (self.folder, seconds, self.builders, self.begin, self.results)
-        process = FORK.Process(target=open_index, args=arguments)
+        process = FORK.Process(target=open_index, args=arguments, daemon=True)
         process.start()
         return process
 
@@ -61,7 +61,7 @@ def processes(folder) -> Processes:
 def test_one_of_several_processes_builds(folder, processes):
     started = [processes.start(0.3) for _ in range(6)]
     processes.begin.set()
-    assert [processes.results.get(timeout=60) for _ in started] == [[[7, 0, 9]]] * 6
+    assert [processes.results.get(timeout=20) for _ in started] == [[[7, 0, 9]]] * 6
     for process in started:
         process.join()
     assert processes.builders.value == 1 and all(process.exitcode == 0 for process in started)
@@ -84,7 +84,7 @@ def test_a_killed_builder_is_followed_by_the_next(folder, processes):
         path.mkdir()
         (path / "pieces.npy").write_bytes(b"half")
     os.kill(killed.pid, signal.SIGKILL)
-    assert processes.results.get(timeout=60) == [[7, 0, 9]]
+    assert processes.results.get(timeout=20) == [[7, 0, 9]]
     assert processes.builders.value == 2 and not unfinished.exists() and foreign.exists()
 
 
