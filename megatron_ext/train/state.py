@@ -29,7 +29,7 @@ class TrainState:
     """(loss, gradient norm) of the last good steps, where spikes are looked for."""
 
     blend: BlendProgress | None = None
-    """What was read of each dataset; None before the first step."""
+    """What was read of each dataset, passed over included; None before the first step."""
 
     @classmethod
     def from_dict(cls, saved: dict[str, Any]) -> "TrainState":
@@ -38,7 +38,7 @@ class TrainState:
         blend = saved.get("blend")
         return cls(**saved | pairs | {"blend": blend and BlendProgress.from_dict(blend)})
 
-    def advance(self, samples: int, seq_length: int, blend: BlendProgress) -> "TrainState":
+    def advance(self, samples: int, seq_length: int, blend: BlendProgress | None = None) -> "TrainState":
         """The state after one more optimizer step over `samples` windows, where it has read `blend`."""
         return dataclasses.replace(
             self,
