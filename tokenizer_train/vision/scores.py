@@ -160,9 +160,10 @@ def save_comparison(frames: Sequence[np.ndarray], decoded: dict[str, Sequence[np
     height, width = frames[0].shape[:2]
     titles = ["original", *(title for name in decoded for title in (name, f"error x{ERROR_GAIN}"))]
     canvas = Image.new("RGB", (len(titles) * width, len(frames) * height + TITLE_HEIGHT), "white")
-    draw = ImageDraw.Draw(canvas)
     for index, title in enumerate(titles):
-        draw.text((index * width + 2, 1), title, fill="black")
+        strip = Image.new("RGB", (width, TITLE_HEIGHT), "white")  # cuts a long title off at its column's end
+        ImageDraw.Draw(strip).text((2, 1), title, fill="black")
+        canvas.paste(strip, (index * width, 0))
     for row, original in enumerate(frames):
         pictures = [original]
         for codec_frames in decoded.values():
