@@ -38,7 +38,7 @@ class TrainState:
         blend = saved.get("blend")
         return cls(**saved | pairs | {"blend": blend and BlendProgress.from_dict(blend)})
 
-    def advance(self, samples: int, seq_length: int, blend: BlendProgress | None = None) -> "TrainState":
+    def advance(self, samples: int, seq_length: int, blend: BlendProgress) -> "TrainState":
         """The state after one more optimizer step over `samples` windows, where it has read `blend`."""
         return dataclasses.replace(
             self,
