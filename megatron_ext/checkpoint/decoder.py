@@ -70,7 +70,11 @@ class DecoderCheckpoint:
         """`identities`: of all that a resume must find unchanged beside vocabulary and model: name -> identity."""
         self.section = section
         self.store = CheckpointStore(
-            run_folder / "checkpoints", section.keep, from_main=topology.from_main, barrier=topology.barrier
+            run_folder / "checkpoints",
+            section.keep,
+            keep_every=section.keep_every,
+            from_main=topology.from_main,
+            barrier=topology.barrier,
         )
         self.model: Emu3Model = optimizer.model.module
         self.optimizer = optimizer

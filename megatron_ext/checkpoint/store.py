@@ -47,16 +47,21 @@ class CheckpointStore:
         root: str | Path,
         keep: int,
         *,
+        keep_every: int | None = None,
         from_main: Callable[[Callable[[], Any]], Any] = _here,
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
-        """`keep` is how many of the newest checkpoints stay; `from_main(f)` is the main rank's f(), on every rank.
+        """`keep` is how many of the newest checkpoints stay, and those of steps divisible by `keep_every` all do;
+        `from_main(f)` is the main rank's f(), on every rank.
 
         Raises:
-            InputError: `keep` is below 1.
+            InputError: `keep` or `keep_every` is below 1.
         """
         if keep < 1:
             raise InputError(f"checkpoint.keep is {keep}: keep at least 1")
+        if keep_every is not None and keep_every < 1:
+            raise InputError(f"checkpoint.keep_every is {keep_every}: give a number of steps, or null")
+        self._keep_every = keep_every
         self.root = Path(root)
         self.keep = keep
         self._from_main = from_main
@@ -120,9 +125,12 @@ class CheckpointStore:
         sync_to_disk(self.root)
 
     def _remove_old(self, step: int) -> None:
-        """Drop all but the newest `keep` up to `step`; later ones, left by going back to an older, are the user's."""
+        """Drop all up to `step` but the newest `keep` and what is kept for good; later ones, left by going back to an
+        older, are the user's."""
         numbers = [number for number in _steps(self.root) if number <= step]
         for number in numbers[: -self.keep]:
+            if self._keep_every is not None and number % self._keep_every == 0:
+                continue
             self._discard(self.root / f"step_{number:08d}")
 
     def _discard(self, folder: Path) -> None:

@@ -14,6 +14,9 @@ class CheckpointConfig:
     keep: int = 2
     """Newest checkpoints to keep; older ones are removed after a newer one is complete."""
 
+    keep_every: int | None = None
+    """Checkpoints of steps divisible by this are kept for good, beside the newest; null keeps none for good."""
+
     async_save: bool = True
     """Write checkpoints in a process of their own while training goes on; false: training waits for the files."""
 

@@ -109,7 +109,11 @@ class Trainer:
         self.state = TokenizerState(model=model, optimizer=optimizer, average=average, train_step=train_step)
         root = Path(config.observe.run_dir) / "checkpoints"
         self.store = CheckpointStore(
-            root, config.checkpoint.keep, from_main=topology.from_main, barrier=topology.barrier
+            root,
+            config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            from_main=topology.from_main,
+            barrier=topology.barrier,
         )
         topology.from_main(lambda: check_room(root, self._checkpoint_bytes(), config.checkpoint.keep))
 

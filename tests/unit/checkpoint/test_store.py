@@ -59,6 +59,15 @@ def test_same_step_again_replaces(tmp_path):
     assert names(tmp_path) == {"step_00000005", "latest"}
 
 
+def test_keeps_some_for_good(tmp_path):
+    store = CheckpointStore(tmp_path, keep=1, keep_every=4)
+    for step in range(2, 14, 2):
+        store.write(step, write_weights, {})
+    assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000008", "step_00000012"]
+    with pytest.raises(InputError, match="checkpoint.keep_every is 0"):
+        CheckpointStore(tmp_path, keep=1, keep_every=0)
+
+
 def test_keep_below_one_is_refused(tmp_path):
     with pytest.raises(InputError, match="checkpoint.keep is 0"):
         CheckpointStore(tmp_path, keep=0)

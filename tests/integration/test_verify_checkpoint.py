@@ -1,0 +1,81 @@
+"""tools/verify_checkpoint.py on checkpoints of a real run, whole and damaged."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+import pretrain_emu3
+from megatron_ext.config import load
+from megatron_ext.config.run import RunConfig
+from tests.support.small_run import write_small_run
+from tools import verify_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder with the checkpoints of steps 2 and 4."""
+    folder = tmp_path_factory.mktemp("verify")
+    config = write_small_run(folder)
+    config |= {"checkpoint": {"save_interval": 2}, "runtime": {"device": "cpu"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    options = ["--config", str(folder / "config.yaml"), "--observe.run_dir", str(folder / "run")]
+    pretrain_emu3.train(load(RunConfig, options))
+    return folder / "run"
+
+
+@pytest.fixture
+def copy(run, tmp_path) -> Path:
+    return Path(shutil.copytree(run, tmp_path / "run"))
+
+
+def verify(place: Path, capsys) -> tuple[int, str]:
+    """Exit code and what is printed."""
+    code = 0
+    try:
+        verify_checkpoint.main(["--checkpoint", str(place)])
+    except SystemExit as ended:
+        code = ended.code
+    return code, capsys.readouterr().out
+
+
+def place_of(folder: Path, name: str) -> tuple[Path, int]:
+    """File of weights and position of the middle of a tensor."""
+    (found,) = (
+        place for index, place in pickle.loads((folder / "decoder" / ".metadata").read_bytes()).storage_data.items()
+        if index.fqn == name
+    )  # fmt: skip
+    return folder / "decoder" / found.relative_path, found.offset + found.length // 2
+
+
+def flip(path: Path, position: int) -> None:
+    """Change the lowest bit of one byte."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_whole_checkpoints(run, capsys):
+    assert verify(run, capsys) == (0, "step_00000002: whole\nstep_00000004: whole\n")
+    assert verify(run / "checkpoints" / "step_00000004", capsys) == (0, "step_00000004: whole\n")
+
+
+@pytest.mark.parametrize("name", ["model.embedding.word_embeddings.weight", "model.decoder.final_layernorm.weight"])
+def test_a_flipped_bit_is_found_and_its_tensor_named(copy, capsys, name):
+    path, position = place_of(copy / "checkpoints" / "step_00000004", name)
+    flip(path, position)
+    code, printed = verify(copy, capsys)
+    assert code == 1
+    whole, damaged, line = printed.splitlines()
+    assert whole == "step_00000002: whole" and damaged.startswith("step_00000004: damaged; step_00000002 beside it")
+    assert line == f"  decoder/{path.name} has other contents: {name}"
+
+
+def test_other_files_are_checked_too(copy, capsys):
+    step = copy / "checkpoints" / "step_00000002"
+    flip(step / "config.yaml", 3)
+    (step / "vocabulary" / next(path.name for path in (step / "vocabulary").iterdir())).unlink()
+    code, printed = verify(step, capsys)
+    assert code == 1 and "config.yaml has other contents" in printed and "is missing" in printed
