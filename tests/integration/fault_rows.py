@@ -226,7 +226,7 @@ PREPROCESSING = {
         "--text [{w}/a.txt]", "1 of 2 samples", "a.txt:3: not UTF-8", damage=write("a.txt", b"fine\n\nbad \xff\n")
     ),
     "line without text": preprocess(
-        "--text [{w}/a.jsonl]", "1 of 2 samples", "a.jsonl:2: no JSON object",
+        "--text [{w}/a.jsonl]", "1 of 2 samples", "a.jsonl:2: no string in field text",
         damage=write("a.jsonl", '{"text":"x"}\n[]\n'),
     ),
     "held-out share of 1": preprocess(
