@@ -90,7 +90,7 @@ def test_the_run_folder(workplace, straight):
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert set(training[-1]) == {
         "step", "loss", "loss_text", "loss_vision", "loss_dataset/train", "grad_norm", "learning_rate",
-        "consumed_samples", "consumed_tokens",
+        "global_batch_size", "consumed_samples", "consumed_tokens",
     }  # fmt: skip
     assert training[-1]["consumed_samples"] == 4 * STEPS and training[-1]["consumed_tokens"] == 4 * STEPS * 64
     assert training[-1]["loss"] < training[0]["loss"]
