@@ -20,6 +20,7 @@ from megatron_ext.resilience.watchdog import EXIT_CODE
 from megatron_ext.vocab import Text
 from tests.support.small_run import write_small_run
 from tests.unit.data.samples import make_vocabulary, write_dataset
+from tools import run_report
 
 STEPS = 24
 ODD = "key/42"
@@ -102,6 +103,20 @@ def test_a_rewound_run_resumes_to_the_same_bits(workplace: Path) -> None:
     for _ in range(3):
         log, _ = train(workplace, "pieces", "--resilience.on_bad_step", "rewind", "--train.exit_interval", "8")
     assert log == whole
+
+
+def test_the_report_of_a_run_in_pieces(workplace: Path, capsys) -> None:
+    run = workplace / "pieces"
+    if not run.exists():
+        pytest.fail("test_a_rewound_run_resumes_to_the_same_bits leaves the run that is reported here")
+    run_report.main(["--run", str(run)])
+    printed = capsys.readouterr().out
+    assert printed.count("stopped: train.exit") == 2 and printed.count("finished") == 1
+    page = (run / "report.html").read_text()
+    assert "1 to 8" not in page and "0 to 8" in page and "16 to 24" in page and "bad_step" in page
+    assert page.count("<svg") >= 3 and "http" not in page.replace("http://www.w3.org", "").replace(
+        "https://www.w3.org", ""
+    )
 
 
 def test_a_spike_stops_and_is_named(workplace: Path) -> None:
