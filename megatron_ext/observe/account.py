@@ -46,7 +46,7 @@ class Account:
     """While training stood still for checkpoints."""
     starting: float
     """From each start to where it went on: processes, data, weights."""
-    lost: float
+    lost_and_other: float
     """Steps that came again, waiting for the last save, and whatever else a start did that left no trace."""
     down: float
     """Between the end of a start and the next one."""
@@ -60,11 +60,12 @@ class Account:
         """Name and seconds of each, the largest first."""
         parts = dataclasses.asdict(self)
         del parts["elapsed"]
-        return sorted(parts.items(), key=lambda item: -item[1])
+        named = ((name.replace("_", " "), seconds) for name, seconds in parts.items())
+        return sorted(named, key=lambda item: -item[1])
 
 
 ENDINGS = {
-    "end": lambda event: "finished" if event["finished"] else "stopped",
+    "end": lambda event: "stopped",
     "stop": lambda event: f"stopped: {event['reason']}",
     "failure": lambda event: f"failed: {event['error']}",
     "hang": lambda event: f"hung: {event['activity']}",
@@ -88,6 +89,8 @@ def starts_of(run_dir: str | Path) -> list[Start]:
             start.ready = event["time"]
             start.first_step = start.last_step = event["step"]
             _close_previous(starts[:-1], event)
+        elif event["event"] == "end" and event["finished"]:
+            start.end = "finished"
         elif event["event"] in ENDINGS and not any(other["event"] in ENDINGS for other in start.events[:-1]):
             start.end = ENDINGS[event["event"]](event)
     if starts and starts[-1].ready is not None:
@@ -108,7 +111,7 @@ def _close_previous(starts: list[Start], resume: dict[str, Any]) -> None:
 def account_of(starts: Sequence[Start], metrics: Sequence[dict[str, Any]]) -> Account:
     """Where the time of a run went, from its first start to its last sign of life."""
     if not starts:
-        return Account(elapsed=0, training=0, evaluation=0, saving=0, starting=0, lost=0, down=0)
+        return Account(elapsed=0, training=0, evaluation=0, saving=0, starting=0, lost_and_other=0, down=0)
     timing = [record.get("timing", {}) for record in metrics]
     training = sum(entry.get("step_seconds", 0.0) for entry in timing)
     evaluation = sum(entry.get("eval_seconds", 0.0) for entry in timing)
@@ -116,15 +119,15 @@ def account_of(starts: Sequence[Start], metrics: Sequence[dict[str, Any]]) -> Ac
     starting = sum(start.ready - start.began for start in starts if start.ready is not None)
     alive = sum(start.ended - start.began for start in starts)
     elapsed = starts[-1].ended - starts[0].began
-    lost = max(0.0, alive - training - evaluation - saving - starting)
+    lost_and_other = max(0.0, alive - training - evaluation - saving - starting)
     return Account(
         elapsed=elapsed,
         training=training,
         evaluation=evaluation,
         saving=saving,
         starting=starting,
-        lost=lost,
-        down=max(0.0, elapsed - training - evaluation - saving - starting - lost),
+        lost_and_other=lost_and_other,
+        down=max(0.0, elapsed - training - evaluation - saving - starting - lost_and_other),
     )
 
 

@@ -52,7 +52,7 @@ def test_every_second_has_a_cause(tmp_path):
     assert (account.training, account.evaluation, account.saving) == (50.0, 0.5, 4.0)
     assert account.starting == 10.0 + 5.0 + 4.0
     # Alive 32 + 40 + 1 + 26 seconds: of them 50.5 + 4 + 19 are told, the others are steps that came again and waits.
-    assert account.lost == pytest.approx(99 - 73.5)
+    assert account.lost_and_other == pytest.approx(99 - 73.5)
     assert account.down == pytest.approx(326 - 99)
     assert sum(seconds for _, seconds in account.causes()) == pytest.approx(account.elapsed)
     assert account.goodput == pytest.approx(50 / 326)
