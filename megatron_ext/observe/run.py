@@ -14,7 +14,7 @@ from megatron_ext.config import writing
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
-from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
 from megatron_ext.runtime import Topology
 
 
@@ -110,8 +110,17 @@ class Run:
             temporary.write_text(self._config_yaml, encoding="utf-8")
             os.replace(temporary, self.folder / "config.yaml")
             append_provenance(self.folder, {"step": step, **self.provenance, "config": self._config})
+        self.log_event("resume", step=step, **self._signs_of_life_after(step))
         self.forget_after(step)
-        self.log_event("resume", step=step)
+
+    def _signs_of_life_after(self, step: int) -> dict[str, Any]:
+        """How many steps after `step` earlier starts did, and when the last line was written (seconds since 1970)."""
+        path = self.folder / "metrics.jsonl"
+        if self._events is None or not path.exists() or not path.stat().st_size:
+            return {}
+        steps = {record["step"] for record in read_json_lines(path) if "loss" in record}
+        forgotten = sum(number > step for number in steps)
+        return {"forgotten_steps": forgotten, "last_metrics": round(path.stat().st_mtime, 3)}
 
     def forget_after(self, step: int) -> None:
         """Forget the metrics after `step`: the steps come again."""

@@ -87,6 +87,7 @@ class Trainer:
                 if self.checkpoint.is_due(state.step):
                     self._start_save(state)
             self._save_last(state)
+        self.run.log_event("end", step=state.step, finished=state.step >= self.train.train_steps)
         return state
 
     def _dry_step(self, state: TrainState) -> None:

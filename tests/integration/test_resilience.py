@@ -20,6 +20,7 @@ from megatron_ext.resilience.watchdog import EXIT_CODE
 from megatron_ext.vocab import Text
 from tests.support.small_run import write_small_run
 from tests.unit.data.samples import make_vocabulary, write_dataset
+from tools import run_report
 
 STEPS = 24
 ODD = "key/42"
@@ -102,6 +103,19 @@ def test_a_rewound_run_resumes_to_the_same_bits(workplace: Path) -> None:
     for _ in range(3):
         log, _ = train(workplace, "pieces", "--resilience.on_bad_step", "rewind", "--train.exit_interval", "8")
     assert log == whole
+
+
+def test_the_report_of_a_run_in_pieces(workplace: Path, capsys) -> None:
+    run = workplace / "pieces"
+    if not run.exists():
+        pytest.fail("test_a_rewound_run_resumes_to_the_same_bits leaves the run that is reported here")
+    run_report.main(["--run", str(run)])
+    assert "goodput" in capsys.readouterr().out
+    page = (run / "report.html").read_text()
+    # The table of starts, and of events.
+    assert page.count("stopped: train.exit_interval 8") == 2 and page.count("<td>finished</td>") == 1
+    assert all(f"<td>{steps}</td>" in page for steps in ("0 to 8", "8 to 16", "16 to 24")) and "bad_step" in page
+    assert page.count("<svg") >= 3 and 'src="http' not in page and "<link" not in page
 
 
 def test_a_spike_stops_and_is_named(workplace: Path) -> None:
