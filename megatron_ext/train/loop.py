@@ -72,9 +72,12 @@ class Trainer:
         ):
             self._dry_step(state)
             while state.step < self.train.train_steps:
-                watchdog.alive(f"step {state.step + 1}", is_step=True)
-                with profiler.step(state.step + 1):
+                last = state.step
+                watchdog.alive(f"step {last + 1}", is_step=True)
+                with profiler.step(last + 1):
                     state = self._train_step(state)
+                if state.step <= last:  # rewound: what follows its step was done when it was taken
+                    continue
                 watchdog.alive(f"what follows step {state.step}")
                 collect(state.step)
                 self._report(self.checkpoint.poll())
