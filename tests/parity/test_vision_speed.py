@@ -104,4 +104,4 @@ def test_live_memory_is_at_most_a_third(models, frames, monkeypatch):
     encode = live_bytes(lambda: ours.encode(pixels)) / live_bytes(lambda: their_encode(theirs, pixels))
     decode = live_bytes(lambda: ours.decode(codes)) / live_bytes(lambda: theirs.decode(codes))
     print(f"{frames} frames: live bytes of encode {encode:.3f}, of decode {decode:.3f}")
-    assert encode <= 1 / 3 and decode <= 1 / 3  # measured
+    assert encode <= 0.3 and decode <= 0.2  # measured 0.25 and 0.16, 0.27 and 0.16
