@@ -147,7 +147,7 @@ def test_a_signal_saves_and_stops(workplace, straight):
     last = metrics(workplace, "signalled")[-1]["step"]
     assert (workplace / "signalled" / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
     events = [json.loads(line) for line in (workplace / "signalled" / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["start", "resume", "stop", "save"]
+    assert [event["event"] for event in events] == ["start", "resume", "stop", "save", "end"]
     assert events[2]["reason"] == "SIGTERM"
 
 
