@@ -87,7 +87,7 @@ def fetch_package(package: dict[str, Any], folder: Path) -> str:
     record = folder / f"{name}.json"
     if record.exists() and target.is_dir():
         return json.loads(record.read_text())["version"]
-    partial = folder / f"{name}.partial"
+    partial = folder.absolute() / f"{name}.partial"  # the programs run in it
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(target, ignore_errors=True)
     (partial / "download").mkdir(parents=True)

@@ -1,9 +1,11 @@
 """Media from packages: unpacked, chosen, named with their licences; what is missing is said; nothing twice."""
 
+import hashlib
 import importlib.util
 import io
 import json
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
@@ -163,6 +165,34 @@ def test_fetching(workplace: Path, capsys: pytest.CaptureFixture) -> None:
     _fetch(workplace)
     assert (media / "train" / "pip-p1.png").exists() and (media / "held_out" / "pip-p0.png").exists()
     assert not (media / "train" / "pip-p0.png").exists() and not (media / "held_out" / "pip-z_again.png").exists()
+
+
+def test_a_debian_package_is_fetched_into_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, state = tmp_path / "repository", tmp_path / "apt"
+    package = repository / "tree"
+    (package / "DEBIAN").mkdir(parents=True)
+    fields = "Package: photos\nVersion: 1:2.0-3\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\n"
+    (package / "DEBIAN" / "control").write_text(fields + "Description: photographs\n")
+    (package / "usr").mkdir()
+    (package / "usr" / "a.txt").write_text("a photograph")
+    archive = repository / "photos_2.0-3_all.deb"
+    subprocess.run(["dpkg-deb", "--root-owner-group", "--build", package, archive], check=True, capture_output=True)
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    of_archive = f"Filename: ./{archive.name}\nSize: {archive.stat().st_size}\nSHA256: {digest}\n"
+    (repository / "Packages").write_text(fields + of_archive + "Description: photographs\n")
+    for folder in ("lists/partial", "cache/archives/partial"):
+        (state / folder).mkdir(parents=True)
+    (state / "sources.list").write_text(f"deb [trusted=yes] file:{repository} ./\n")
+    (state / "apt.conf").write_text(
+        f'Dir::Etc::SourceList "{state}/sources.list";\nDir::Etc::SourceParts "/dev/null";\n'
+        f'Dir::State::Lists "{state}/lists";\nDir::Cache "{state}/cache";\nAPT::Sandbox::User "";\n'
+    )
+    monkeypatch.setenv("APT_CONFIG", str(state / "apt.conf"))
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["apt-get", "update", "-qq"], check=True)
+    wanted = {"name": "photos", "registry": "debian"}
+    assert fetch_media.fetch_package(wanted, Path("packages")) == "1:2.0-3"
+    assert Path("packages/photos/usr/a.txt").read_text() == "a photograph"
 
 
 def test_what_cannot_be_had_is_one_line(workplace: Path, capsys: pytest.CaptureFixture) -> None:
