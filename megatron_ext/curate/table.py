@@ -114,6 +114,8 @@ class PartTable:
                     writer.write_table(table)
 
         replace_file(target, write)
+        for leftover in (*self.folder.glob(".*.tmp"), *self._parts.glob(".*.tmp")):  # of jobs that were killed
+            leftover.unlink(missing_ok=True)
         return target
 
     def _path(self, part: int) -> Path:
