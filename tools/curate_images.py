@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
 from megatron_ext.config import InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
-from megatron_ext.curate.aesthetic import AestheticPredictor
 from megatron_ext.curate.decide import REASONS, Summary, decide
 from megatron_ext.curate.inputs import Piece, pieces_of
 from megatron_ext.curate.kept import plan_tars, planned_tars, write_jsonl, write_parquet, write_tars
@@ -34,6 +33,9 @@ from megatron_ext.curate.verdict import UNREADABLE
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.observe.progress import progress
 from megatron_ext.runtime.device import choose_device
+
+if TYPE_CHECKING:
+    from megatron_ext.curate.aesthetic import AestheticPredictor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,10 @@ def main(argv: list[str]) -> None:
     config = load(CurateImagesConfig, argv, prog="curate_images")
     console = Console(highlight=False)
     shard_index, num_shards = shard_of_job(config.shard_index, config.num_shards)
-    if config.overwrite and num_shards > 1:
+    if config.overwrite and (num_shards > 1 or config.stage in ("decide", "write")):
         raise InputError(
-            f"overwrite with {num_shards} shards: one would remove what others wrote; remove {config.output}"
+            f"overwrite with stage {config.stage} and {num_shards} shards would remove what other jobs wrote: remove "
+            f"{config.output} by hand"
         )
     if config.stage == "write":
         _write(config, shard_index, num_shards, console)
@@ -143,14 +146,16 @@ def main(argv: list[str]) -> None:
         )
 
 
-def _load_predictor(config: AestheticConfig) -> AestheticPredictor | None:
+def _load_predictor(config: AestheticConfig) -> "AestheticPredictor | None":
     if config.clip is None or config.head is None:
         return None
+    from megatron_ext.curate.aesthetic import AestheticPredictor  # here: transformers takes seconds to import
+
     device = choose_device(RuntimeConfig(device=config.device), 0)
     return AestheticPredictor(config.clip, config.head).to(device)
 
 
-def _made_by(config: CurateImagesConfig, digest: str, predictor: AestheticPredictor | None) -> dict[str, Any]:
+def _made_by(config: CurateImagesConfig, digest: str, predictor: "AestheticPredictor | None") -> dict[str, Any]:
     """What shapes the measured rows; duplicates are decided later, from any of their thresholds."""
     filters = as_dict(config.filters)
     filters = {name: filters[name] for name in filters if name not in ("drop_duplicates", "max_hash_distance")}
@@ -166,7 +171,7 @@ def _made_by(config: CurateImagesConfig, digest: str, predictor: AestheticPredic
 def _measure(
     config: CurateImagesConfig,
     own: list[tuple[int, Piece]],
-    predictor: AestheticPredictor | None,
+    predictor: "AestheticPredictor | None",
     table: PartTable,
     console: Console,
 ) -> None:
@@ -221,8 +226,10 @@ def _megabytes(
 def _decide(config: CurateImagesConfig, table: PartTable, count: int, *, is_rated: bool) -> Summary:
     """Duplicates, the merged table, the list of what is kept, the page."""
     table.check_complete(count)
-    summary = decide(table, count, config.filters)
     folder, rows = Path(config.output), Path(config.output) / "rows.parquet"
+    for earlier in folder.glob("kept.*"):
+        earlier.unlink()  # a list of other verdicts, perhaps
+    summary = decide(table, count, config.filters)
     if config.kept == "jsonl":
         write_jsonl(rows, folder / "kept.jsonl")
     elif config.kept == "parquet":

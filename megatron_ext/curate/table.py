@@ -130,9 +130,9 @@ class PartTable:
 
     def _clear(self) -> None:
         # The verdicts first: they must never stand beside parts of another making.
-        (self.folder / "rows.parquet").unlink(missing_ok=True)
-        for path in self._parts.iterdir():
-            path.unlink()
+        final = [self.folder / "rows.parquet", *self.folder.glob("kept.*")]
+        for path in (*final, *self._parts.iterdir()):
+            path.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
