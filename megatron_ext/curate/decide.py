@@ -1,12 +1,13 @@
 """The last word on pictures: which are duplicates of others, seen over the pieces of all jobs.
 
-In memory are some numbers and the key of each picture that passed the filters, about 200 bytes; all else is read piece
-by piece.
+In memory are some numbers, three digests and the source of each picture that passed the filters, about 300 bytes; all
+else is read piece by piece.
 """
 
 import bisect
+import hashlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,50 +71,64 @@ def decide(table: PartTable, count: int, filters: PictureFiltersConfig) -> Summa
 
 def _duplicates(table: PartTable, count: int, filters: PictureFiltersConfig) -> dict[int, tuple[str, str]]:
     """Place among all rows -> (reason, detail) of those to be dropped as duplicates."""
-    passed = _passed(table, count)
-    area_N = _numbers(passed, "height", np.int64) * _numbers(passed, "width", np.int64)
+    passed, sources = _passed(table, count)
     # The best first: the largest, of these the largest file, of these the first.
-    rank_N = np.lexsort((_numbers(passed, "place", np.int64), -_numbers(passed, "size", np.int64), -area_N))
-    passed = passed.take(pa.array(rank_N))
-    sources, place_N = passed["source"].combine_chunks(), _numbers(passed, "place", np.int64)
+    rank_N = np.lexsort((passed["place"], -passed["size"], -passed["area"]))
+    passed = {name: values_N[rank_N] for name, values_N in passed.items()}
+
+    def source(rank: int) -> str:
+        return sources[int(rank_N[rank])].as_py()
+
     found: dict[int, tuple[str, str]] = {}
     if filters.drop_duplicates:
         fingerprints = Fingerprints(
-            bytes_N=_which(passed, "sha256"),
-            pixels_N=_which(passed, "pixels"),
-            hash_N=_numbers(passed, "phash", np.uint64),
-            has_hash_N=passed["phash"].is_valid().to_numpy(),
+            bytes_N=passed["sha256"],
+            pixels_N=passed["pixels"],
+            hash_N=passed["phash"],
+            has_hash_N=passed["has_hash"],
         )
         for rank, duplicate in find_duplicates(fingerprints, filters.max_hash_distance).items():
             near = f" ({duplicate.distance} of 64 bits differ)" if duplicate.reason == NEAR else ""
-            found[rank] = (duplicate.reason, f"as {sources[duplicate.kept]}{near}")
-    key_N = _which(passed, "key")
-    owner: dict[int, int] = {}
-    for rank in np.argsort(place_N).tolist():
-        if rank not in found and (first := owner.setdefault(int(key_N[rank]), rank)) != rank:
-            found[rank] = (SAME_KEY, f"the key of {sources[first]}")
-    return {int(place_N[rank]): why for rank, why in found.items()}
+            found[rank] = (duplicate.reason, f"as {source(duplicate.kept)}{near}")
+    owner: dict[bytes, int] = {}
+    for rank in np.argsort(passed["place"]).tolist():
+        if rank not in found and (first := owner.setdefault(passed["key"][rank], rank)) != rank:
+            found[rank] = (SAME_KEY, f"the key of {source(first)}")
+    return {int(passed["place"][rank]): why for rank, why in found.items()}
 
 
-def _passed(table: PartTable, count: int) -> pa.Table:
-    """What duplicates are told by, of the rows that passed the other filters, with their places among all rows."""
+def _passed(table: PartTable, count: int) -> tuple[dict[str, np.ndarray], pa.ChunkedArray]:
+    """What duplicates are told by, of the rows that passed the other filters: [N] arrays, and their sources."""
     columns = ["key", "source", "size", "height", "width", "sha256", "pixels", "phash", "verdict"]
-    parts, start = [], 0
+    gathered: dict[str, list[np.ndarray]] = {}
+    sources, start = [], 0
     for part in range(count):
         rows = table.read(part, columns)
-        rows = rows.append_column("place", pa.array(np.arange(start, start + len(rows))))
+        is_kept = pc.equal(rows["verdict"], KEPT)
+        places = np.arange(start, start + len(rows))[is_kept.to_numpy()]
         start += len(rows)
-        parts.append(rows.filter(pc.equal(rows["verdict"], KEPT)).drop_columns("verdict"))
-    return pa.concat_tables(parts)
+        rows = rows.filter(is_kept)
+        height, width, size = (rows[name].to_numpy().astype(np.int64) for name in ("height", "width", "size"))
+        arrays = {
+            "place": places,
+            "area": height * width,
+            "size": size,
+            "sha256": _digests(bytes.fromhex(text[:32]) for text in rows["sha256"].to_pylist()),
+            "pixels": _digests(map(bytes.fromhex, rows["pixels"].to_pylist())),
+            "key": _digests(hashlib.sha256(key.encode()).digest()[:16] for key in rows["key"].to_pylist()),
+            "phash": rows["phash"].fill_null(0).to_numpy().astype(np.uint64),
+            "has_hash": rows["phash"].is_valid().to_numpy(),
+        }
+        for name, values in arrays.items():
+            gathered.setdefault(name, []).append(values)
+        sources += rows["source"].cast(pa.large_string()).chunks  # 32-bit offsets end at 2 GiB of text
+    joined = {name: np.concatenate(parts) for name, parts in gathered.items()}
+    return joined, pa.chunked_array(sources, pa.large_string())
 
 
-def _numbers(rows: pa.Table, name: str, dtype: type) -> np.ndarray:
-    return rows[name].fill_null(0).to_numpy().astype(dtype)
-
-
-def _which(rows: pa.Table, name: str) -> np.ndarray:
-    """[N] a number for each value: equal where the values are."""
-    return rows[name].combine_chunks().dictionary_encode().indices.to_numpy()
+def _digests(values: Iterable[bytes]) -> np.ndarray:
+    """[N] of 16 bytes each."""
+    return np.array(list(values), dtype="S16")
 
 
 def _overruled(rows: pa.Table, dropped: dict[int, tuple[str, str]]) -> pa.Table:

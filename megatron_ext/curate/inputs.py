@@ -7,10 +7,11 @@ not depend on the number of jobs.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ext.config import InputError
 from megatron_ext.media import Fault, Listing, Part, Sample, listing_of, parts_of, readable_name
 
 
@@ -40,11 +41,11 @@ class Piece:
         return sum(entry.media.size for entry in self.entries() if isinstance(entry, Sample))
 
 
-def pieces_of(inputs: Iterable[str], size: int) -> tuple[list[Piece], str]:
+def pieces_of(inputs: Sequence[str], size: int) -> tuple[list[Piece], str]:
     """The pieces, and a digest of what they hold that changes with names, sizes and times of files.
 
     Raises:
-        InputError: as `parts_of` and `listing_of`.
+        InputError: as `parts_of` and `listing_of`; there is nothing.
     """
     pieces: list[Piece] = []
     digest = hashlib.sha256()
@@ -62,6 +63,8 @@ def pieces_of(inputs: Iterable[str], size: int) -> tuple[list[Piece], str]:
             is_table = part.layout == "manifest"
             known = _stamps(part.paths) if is_table else list(map(_known_of, listing.entries(0, len(listing))))
         digest.update(json.dumps([part.layout, [readable_name(str(path)) for path in part.paths], known]).encode())
+    if not pieces:
+        raise InputError(f"inputs {', '.join(inputs)} hold nothing: their tables have no rows")
     return pieces, digest.hexdigest()
 
 

@@ -268,6 +268,12 @@ def test_a_picture_that_changed_is_not_written_as_if_it_were_the_one_measured(tm
         main([*options, "--stage", "write"])
 
 
+def test_an_empty_table(tmp_path):
+    (tmp_path / "none.jsonl").write_bytes(b"")
+    with pytest.raises(InputError, match="none.jsonl hold nothing"):
+        main(["--inputs", json.dumps([str(tmp_path / "none.jsonl")]), "--output", str(tmp_path / "out")])
+
+
 def test_nothing_readable_is_an_error_with_a_table(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.png").write_bytes(b"x")
