@@ -1,0 +1,111 @@
+"""The shipped scripts under a real Slurm: what a job meets in its life, and that the run comes to the same end."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs, wait_until
+from tests.slurm.runs import STEPS, Runs
+
+pytestmark = pytest.mark.timeout(600)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Iterator[Runs]:
+    if missing := missing_programs():
+        pytest.skip(f"no {', '.join(missing)} here: install them (Debian: apt-get install slurm-wlm munge)")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield Runs(cluster, tmp_path_factory.mktemp("runs"))
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs) -> list[dict]:
+    runs.finish("undisturbed", runs.submit("undisturbed"))
+    found = runs.metrics("undisturbed")
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    return found
+
+
+def starts(runs: Runs, name: str) -> list[tuple[int, int]]:
+    """(restart, step) of the job's starts."""
+    return [(event["restart"], event["step"]) for event in runs.events(name, "job_start")]
+
+
+def ends(runs: Runs, name: str) -> list[tuple[str, str]]:
+    return [(event["cause"], event["outcome"]) for event in runs.events(name, "job_end")]
+
+
+def test_one_rank_for_each_gpu_of_each_node(runs, undisturbed):
+    [start] = runs.events("undisturbed", "start")
+    assert start["environment"]["world_size"] == 4
+    assert starts(runs, "undisturbed") == [(0, 0)] and ends(runs, "undisturbed") == [("finished", "over")]
+
+
+def test_the_time_limit(runs, undisturbed):
+    """Slurm looks every 30 s, and speaks up to 60 s before it should."""
+    job = runs.submit("limit", "--signal", "B:USR1@60")
+    held = runs.hold("limit", job, 5)
+    hours, minutes, _ = runs.cluster.job(job)["RunTime"].split(":")
+    runs.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
+    wait_until((runs.folder / "limit" / "stop").exists, "Slurm does not tell of the time limit", 120)
+    runs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # the next start may take its time
+    runs.go_on("limit")
+    wait_until(lambda: len(runs.events("limit", "job_end")) == 1, "the run does not stop")
+    [end] = runs.events("limit", "job_end")
+    assert (end["cause"], end["outcome"]) == ("time limit", "again") and held <= end["step"] <= held + 1
+    runs.finish("limit", job)
+    assert starts(runs, "limit") == [(0, 0), (1, end["step"])]
+    assert runs.log("limit").count("tokens/s") >= 2
+    assert runs.metrics("limit") == undisturbed
+
+
+def test_preemption(runs, undisturbed):
+    """Slurm wakes and ends the steps, and gives them a minute; the run saves and makes room within it."""
+    job = runs.submit("preempted")
+    held = runs.hold("preempted", job, 5)
+    urgent = runs.cluster.run(
+        "sbatch", "--parsable", "-N2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1"
+    )
+    runs.cluster.wait_for(urgent, "COMPLETED")
+    [end] = runs.events("preempted", "job_end")
+    assert (end["cause"], end["outcome"]) == ("preemption", "again") and held <= end["step"] <= held + 1
+    assert runs.events("preempted", "stop")[0]["reason"] == "SIGTERM"
+    runs.finish("preempted", job)
+    assert starts(runs, "preempted") == [(0, 0), (1, end["step"])]
+    assert runs.metrics("preempted") == undisturbed
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_node_is_lost(runs, undisturbed, node):
+    """n1 takes the script and the rendezvous with it; without n2 the script sees its ranks fail. Slurm requeues."""
+    name = f"lost-{node}"
+    job = runs.submit(name)
+    held = runs.hold(name, job, 9)
+    runs.cluster.kill_node(node)
+    wait_until(lambda: runs.cluster.job(job)["JobState"] != "RUNNING", "Slurm does not notice", 120)
+    runs.cluster.start_node(node)
+    runs.finish(name, job)
+    [_, (restart, step)] = starts(runs, name)
+    assert restart == 1 and 4 <= step <= held
+    assert runs.metrics(name) == undisturbed
+
+
+def test_a_user_cancels(runs, undisturbed):
+    """The run saves, and stays where it is until somebody submits it again."""
+    job = runs.submit("cancelled")
+    held = runs.hold("cancelled", job, 5)
+    runs.cluster.run("scancel", job)
+    runs.cluster.wait_for(job, "CANCELLED")
+    assert ends(runs, "cancelled") == [("cancelled", "over")]
+    [end] = runs.events("cancelled", "job_end")
+    assert held <= end["step"] <= held + 1 and end["step"] < STEPS
+    time.sleep(10)  # as long as a requeued job needs to come back
+    assert runs.cluster.job(job)["JobState"] == "CANCELLED"
+    runs.finish("cancelled", runs.submit("cancelled"))
+    assert starts(runs, "cancelled") == [(0, 0), (0, end["step"])]
+    assert runs.metrics("cancelled") == undisturbed
