@@ -26,5 +26,6 @@ HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
 
 # Look at the nodes for up to a minute before a run starts on them (tools/preflight.py): yes or no.
 PREFLIGHT=${PREFLIGHT:-yes}
+PREFLIGHT_OPTIONS=${PREFLIGHT_OPTIONS:-} # such as --min_disk_mbs 500
 # How often torchrun starts the ranks again on healthy nodes before the job ends and goes back into the queue.
 MAX_RESTARTS=${MAX_RESTARTS:-1}

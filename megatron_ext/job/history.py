@@ -49,7 +49,7 @@ def begin(run_folder: Path, job: str, restart: int, nodes: str) -> int:
     if stop.exists() and stop.stat().st_size:
         stop.unlink()
     saved = saved_step(run_folder)
-    _append(run_folder, {"event": "job_start", "job": job, "restart": restart, "nodes": nodes, "step": saved})
+    note(run_folder, "job_start", job=job, restart=restart, nodes=nodes, step=saved)
     return saved
 
 
@@ -73,8 +73,7 @@ def end(run_folder: Path, train_steps: int, *, exit_code: int, time_limit: bool,
     reason = _told(events, exit_code) if cause in ("failed", "stopped") else cause
     message = _message(outcome, cause, reason, f"step {step} of {train_steps}", saved)
     found = End(outcome=outcome, cause=cause, step=step, message=message)
-    fields = {"cause": cause, "outcome": outcome.value, "step": step, "exit_code": exit_code, "reason": reason}
-    _append(run_folder, {"event": "job_end", **fields})
+    note(run_folder, "job_end", cause=cause, outcome=outcome.value, step=step, exit_code=exit_code, reason=reason)
     return found
 
 
@@ -136,12 +135,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _append(run_folder: Path, record: dict[str, Any]) -> None:
-    """One line of events.jsonl; a last line that a kill cut short is removed first."""
+def note(run_folder: Path, event: str, **fields: Any) -> None:
+    """One line of events.jsonl, while no run writes there; a last line that a kill cut short is removed first."""
     path = run_folder / EVENTS
     run_folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    event, fields = record.pop("event"), record
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}, ensure_ascii=False) + "\n")

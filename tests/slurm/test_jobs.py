@@ -1,12 +1,14 @@
 """The shipped scripts under a real Slurm: what a job meets in its life, and that the run comes to the same end."""
 
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs, wait_until
-from tests.slurm.runs import STEPS, Runs
+from tests.slurm.runs import ROOT, STEPS, Runs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -109,3 +111,44 @@ def test_a_user_cancels(runs, undisturbed):
     runs.finish("cancelled", runs.submit("cancelled"))
     assert starts(runs, "cancelled") == [(0, 0), (0, end["step"])]
     assert runs.metrics("cancelled") == undisturbed
+
+
+def test_a_node_with_other_code_is_named_twice_and_then_the_job_stops(runs):
+    """The preflight finds it; the second failure at the same step is the last, and says why."""
+    copy = runs.folder / "old"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "runs", "tests", "docs", ".venv"))
+    with (copy / "megatron_ext" / "__init__.py").open("a") as file:
+        file.write("# an older state\n")
+    python = runs.folder / "python"
+    python.write_text(
+        f'#!/bin/bash\nif [ "$SLURMD_NODENAME" = n2 ]; then export PYTHONPATH={copy}; fi\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    job = runs.submit("unlike", PYTHON=str(python), PREFLIGHT="yes")
+    state = runs.cluster.wait_for(job, "FAILED", "COMPLETED", "CANCELLED")
+    assert state["JobState"] == "FAILED" and state["ExitCode"] == "2:0"
+    assert ends(runs, "unlike") == [("failed", "again"), ("failed", "given up")]
+    log = runs.log("unlike")
+    assert log.count("preflight: 4 ranks on 2 nodes") == 2, "logs append"
+    *_, last = [line for line in log.splitlines() if line.startswith("error: ")]
+    assert "n2 (ranks 2, 3): code is" in last and "step 0 of 60, where it ended before: not started again" in last
+    assert not runs.metrics("unlike")
+
+
+def test_bad_input_gets_one_line_before_the_queue(runs):
+    missing = str(runs.folder / "none")
+    cases = [
+        ({"EMU3_SITE": missing}, (), "", f"site file {missing} is missing"),
+        ({"PYTHON": missing}, (), "", f"{missing} is not there: run make build"),
+        ({"PYTHON": "/usr/bin/python3"}, (), "", "has no torch, and so no torchrun"),
+        ({}, ("--ntasks-per-node", "3"), "--runtime.device auto", "--ntasks-per-node 3 is more than --gpus-per-node 2"),
+        ({}, ("-N", "3"), "", "train.global_batch_size 4 is not a multiple of"),
+        ({}, (), "--optim.lrr 1", "did you mean 'optim.lr'?"),
+        ({}, (), "--data.train []", "data.train is empty"),
+        ({}, (), f"--observe.run_dir {runs.folder}/text.model/x", "observe.run_dir: cannot write"),
+    ]
+    for environment, queue, program, line in cases:
+        result = runs.script("pretrain.sbatch", "refused", *queue, program=program, **environment)
+        told = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
+        assert result.returncode == 2 and len(told) == 1 and line in told[0], (line, result.stdout, result.stderr)
+    assert runs.cluster.run("squeue", "--noheader") == "" and not (runs.folder / "refused").exists()
