@@ -35,12 +35,14 @@ split() {
 # ranks_per_node: --ntasks-per-node, else one for each GPU, else one.
 ranks_per_node() { echo "${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"; }
 
-# begin PROGRAM...: note the start of the run that `PROGRAM... --print_config` describes.
+# begin PROGRAM...: note the start of the run that `PROGRAM... --print_config` describes, and listen to Slurm.
 begin() {
     SETTINGS=$("$@" --print_config) || exit
     RUN_DIR=$(here tools/job.py begin --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" \
         --nodes "$SLURM_JOB_NODELIST" <<<"$SETTINGS") || exit
-    TIME_LIMIT=false
+    TIME_LIMIT=false HEARD=
+    trap 'HEARD=yes TIME_LIMIT=true; ask_to_stop' USR1
+    trap 'HEARD=yes' TERM # scancel and the like: the step gets it too, and ends
 }
 
 # torchrun PROGRAM ARGUMENT...: one torchrun on every node. Leaves the exit code in CODE.
@@ -60,27 +62,26 @@ torchrun() {
         --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$@"
 }
 
-# step SRUN_OPTION... COMMAND...: run a step, listening to Slurm meanwhile. Leaves the exit code in CODE.
+# step SRUN_OPTION... COMMAND...: run a step. Leaves the exit code in CODE.
 step() {
-    local heard
     srun --kill-on-bad-exit=1 --cpu-bind=none "${SRUN_OPTIONS[@]}" "$@" &
-    trap 'heard=yes; TIME_LIMIT=true; ask_to_stop' USR1
-    trap 'heard=yes' TERM # scancel and the like: the step gets it too, and ends
-    heard=yes
-    while [ "$heard" ]; do
-        heard=
+    HEARD=yes
+    while [ "$HEARD" ]; do # a signal ends `wait`, and not the step
+        HEARD=
         wait $! && CODE=0 || CODE=$?
     done
-    trap - TERM USR1
 }
 
 # settle: end the job as the run and its history say, or put it back into the queue.
 settle() {
-    local verdict=0
+    local verdict=0 tries=10
     here tools/job.py end --exit_code "$CODE" --time_limit "$TIME_LIMIT" \
         --state "$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)" <<<"$SETTINGS" || verdict=$?
     [ "$verdict" = 75 ] || exit "$verdict"
-    scontrol requeue "$SLURM_JOB_ID" || fail "scontrol cannot put job $SLURM_JOB_ID back into the queue: submit it again"
+    until scontrol requeue "$SLURM_JOB_ID"; do
+        [ $((tries--)) -gt 0 ] || fail "Slurm does not take job $SLURM_JOB_ID back into the queue: submit it again"
+        sleep 30
+    done
     exit 0
 }
 

@@ -15,6 +15,9 @@ EVENTS = "events.jsonl"
 STOP_FILE = "stop"
 """The file that resilience/stopping.py looks for. A job writes its reason into it, `touch` leaves it empty."""
 
+OBEYED = (130, 143)
+"""Exit codes of a program that saved and stopped on SIGINT or SIGTERM, where it tells so."""
+
 
 class Outcome(Enum):
     """What happens to a job that has ended."""
@@ -103,7 +106,7 @@ def _cause(exit_code: int, time_limit: bool, state: str, *, is_finished: bool) -
         return "time limit"
     if re.search(r"PreemptTime=\d", state):
         return "preemption"
-    return "failed" if exit_code else "stopped"
+    return "stopped" if exit_code in (0, *OBEYED) else "failed"
 
 
 def _told(events: list[dict[str, Any]], exit_code: int) -> str:

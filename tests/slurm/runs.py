@@ -42,31 +42,33 @@ class Runs:
 
     def submit(self, name: str, *queue: str, program: str = "", **environment: str) -> str:
         """Start run `name` as a user does, through the script itself; returns the job's number."""
-        result = self.script("pretrain.sbatch", name, *queue, program=program, **environment)
+        result = self.pretrain(name, *queue, program=program, **environment)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout.rsplit(maxsplit=1)[-1]
 
-    def script(
-        self, script: str, name: str, *queue: str, program: str = "", **environment: str
-    ) -> subprocess.CompletedProcess:
-        """`bash slurm/SCRIPT` with options for sbatch and the program."""
+    def pretrain(self, name: str, *queue: str, program: str = "", **environment: str) -> subprocess.CompletedProcess:
+        """`bash slurm/pretrain.sbatch` with options for sbatch and the program."""
         options = ["-N", "2", "--output", str(self.folder / f"{name}.log"), *queue]
         options += ["--config", str(self.folder / "config.yaml"), "--observe.run_dir", str(self.folder / name)]
+        return self.script("pretrain.sbatch", *options, *program.split(), **environment)
+
+    def script(self, script: str, *arguments: str, typed: str = "", **environment: str) -> subprocess.CompletedProcess:
+        """`bash slurm/SCRIPT ARGUMENTS`; `typed` is its standard input."""
         return subprocess.run(
-            ["bash", f"slurm/{script}", *options, *program.split()],
-            cwd=ROOT, env=self.environment | environment, capture_output=True, text=True, timeout=60,
+            ["bash", f"slurm/{script}", *arguments],
+            cwd=ROOT, env=self.environment | environment, input=typed, capture_output=True, text=True, timeout=90,
         )  # fmt: skip
 
-    def hold(self, name: str, job: str, step: int) -> int:
+    def hold(self, name: str, step: int, *, ranks: int = 4) -> int:
         """Let the ranks of a run stand still somewhere after `step`; returns the last step done.
 
         Slurm's signals then meet the run in the middle of its work, however fast the machine is.
         """
         metrics = self.folder / name / "metrics.jsonl"
-        wait_until(lambda: len(self.ranks(name)) == 4, f"{name} has no ranks\n{self.log(name)}", 240)
-        ranks = self.ranks(name)
+        wait_until(lambda: len(self.ranks(name)) == ranks, f"{name} does not start", 240)
+        processes = self.ranks(name)
         wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= step, f"{name} does not step", 240)
-        send(signal.SIGSTOP, ranks)
+        send(signal.SIGSTOP, processes)
         return len(self.metrics(name))
 
     def go_on(self, name: str) -> None:

@@ -35,6 +35,8 @@ def close(folder: Path, exit_code: int = 0, *, time_limit: bool = False, state: 
         (7, 0, False, PREEMPTED, "preemption", Outcome.AGAIN),
         (7, 1, False, RUNNING, "failed", Outcome.AGAIN),
         (7, 0, False, RUNNING, "stopped", Outcome.OVER),
+        (7, 143, False, RUNNING, "stopped", Outcome.OVER),
+        (7, 143, False, PREEMPTED, "preemption", Outcome.AGAIN),
         (7, 1, True, CANCELLED, "cancelled", Outcome.OVER),
         (10, 1, False, RUNNING, "failed", Outcome.AGAIN),  # a run is finished when it says so
         (7, 0, True, "", "time limit", Outcome.AGAIN),  # slurmctld did not answer
