@@ -37,11 +37,11 @@ ranks_per_node() { echo "${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"; }
 
 # begin PROGRAM...: note the start of the run that `PROGRAM... --print_config` describes, and listen to Slurm.
 begin() {
-    SETTINGS=$("$@" --print_config) || exit
+    SETTINGS=$(here "$@" --print_config) || exit
     RUN_DIR=$(here tools/job.py begin --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" \
         --nodes "$SLURM_JOB_NODELIST" <<<"$SETTINGS") || exit
     TIME_LIMIT=false HEARD=
-    trap 'HEARD=yes TIME_LIMIT=true; ask_to_stop' USR1
+    trap 'HEARD=yes TIME_LIMIT=true; echo "the time limit of job $SLURM_JOB_ID" >"$RUN_DIR/stop"' USR1
     trap 'HEARD=yes' TERM # scancel and the like: the step gets it too, and ends
 }
 
@@ -49,7 +49,7 @@ begin() {
 torchrun() {
     local head address
     # The address at which Slurm itself reaches the node: every node can.
-    head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     address=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     # Slurm sends SIGTERM to every process of a step. It is for the ranks, which save and stop: torchrun would give them
     # 30 seconds for it.

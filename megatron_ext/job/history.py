@@ -15,9 +15,6 @@ EVENTS = "events.jsonl"
 STOP_FILE = "stop"
 """The file that resilience/stopping.py looks for. A job writes its reason into it, `touch` leaves it empty."""
 
-OBEYED = (130, 143)
-"""Exit codes of a program that saved and stopped on SIGINT or SIGTERM, where it tells so."""
-
 
 class Outcome(Enum):
     """What happens to a job that has ended."""
@@ -34,7 +31,7 @@ class End:
 
     outcome: Outcome
     cause: str
-    """finished, cancelled, time limit, preemption, stopped or failed."""
+    """finished, ended by Slurm, time limit, preemption, stopped or failed."""
 
     step: int
     """Last optimizer step that was done."""
@@ -48,9 +45,7 @@ def begin(run_folder: Path, job: str, restart: int, nodes: str) -> int:
 
     A stop file that an earlier start left for itself, and did not live to obey, is removed.
     """
-    stop = run_folder / STOP_FILE
-    if stop.exists() and stop.stat().st_size:
-        stop.unlink()
+    _take_back_stop(run_folder)
     saved = saved_step(run_folder)
     note(run_folder, "job_start", job=job, restart=restart, nodes=nodes, step=saved)
     return saved
@@ -64,20 +59,40 @@ def end(run_folder: Path, train_steps: int, *, exit_code: int, time_limit: bool,
     come to its last step goes back into the queue, unless a user asked the run to stop, or the run failed, or used up
     its time, at the step at which it did so before.
     """
+    _take_back_stop(run_folder)
     step, saved = reached_step(run_folder), saved_step(run_folder)
     events = read_events(run_folder)
-    cause = _cause(exit_code, time_limit, state, is_finished=exit_code == 0 and saved >= train_steps)
     previous = next((event for event in reversed(events) if event["event"] == "job_end"), {})
+    told = _told(events)
+    if exit_code == 0 and saved >= train_steps:
+        cause = "finished"
+    elif state and "JobState=RUNNING" not in state:
+        cause = "ended by Slurm"
+    elif time_limit:
+        cause = "time limit"
+    elif re.search(r"PreemptTime=\d", state):
+        cause = "preemption"
+    else:
+        cause = "failed" if exit_code and told.get("event") != "stop" else "stopped"
     stuck = cause in ("failed", "time limit") and (previous.get("cause"), previous.get("step")) == (cause, step)
-    if cause in ("finished", "cancelled", "stopped"):
+    if cause in ("finished", "ended by Slurm", "stopped"):
         outcome = Outcome.OVER
     else:
         outcome = Outcome.GIVEN_UP if stuck else Outcome.AGAIN
-    reason = _told(events, exit_code) if cause in ("failed", "stopped") else cause
+    reason = cause
+    if cause in ("failed", "stopped"):
+        reason = told.get("error") or told.get("reason") or f"exit code {exit_code}"
     message = _message(outcome, cause, reason, f"step {step} of {train_steps}", saved)
     found = End(outcome=outcome, cause=cause, step=step, message=message)
     note(run_folder, "job_end", cause=cause, outcome=outcome.value, step=step, exit_code=exit_code, reason=reason)
     return found
+
+
+def _take_back_stop(run_folder: Path) -> None:
+    """Remove the job's own stop file, where the run has not: the next start is not to obey it."""
+    stop = run_folder / STOP_FILE
+    if stop.exists() and stop.stat().st_size:
+        stop.unlink()
 
 
 def saved_step(run_folder: Path) -> int:
@@ -97,32 +112,22 @@ def read_events(run_folder: Path) -> list[dict[str, Any]]:
     return _read_lines(run_folder / EVENTS)
 
 
-def _cause(exit_code: int, time_limit: bool, state: str, *, is_finished: bool) -> str:
-    if is_finished:
-        return "finished"
-    if state and "JobState=RUNNING" not in state:
-        return "cancelled"
-    if time_limit:
-        return "time limit"
-    if re.search(r"PreemptTime=\d", state):
-        return "preemption"
-    return "stopped" if exit_code in (0, *OBEYED) else "failed"
-
-
-def _told(events: list[dict[str, Any]], exit_code: int) -> str:
-    """What the run itself said last, since the job's start, of why it ends."""
+def _told(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """The event with which the run itself said last, since the job's start, why it ends; empty where it did not."""
     for event in reversed(events):
         if event["event"] == "job_start":
             break
         if event["event"] in ("failure", "stop"):
-            return event.get("error") or event["reason"]
-    return f"exit code {exit_code}"
+            return event
+    return {}
 
 
 def _message(outcome: Outcome, cause: str, reason: str, reached: str, saved: int) -> str:
     kept = f"the checkpoint of step {saved}" if saved else "the beginning"
     if cause == "finished":
         return f"finished: {reached}"
+    if cause == "ended by Slurm":  # by a user's scancel, or to run it again
+        return f"{cause} at {reached}: left to it, to go on from {kept}"
     if outcome is Outcome.AGAIN:
         return f"{reason} at {reached}: back into the queue, to go on from {kept}"
     if outcome is Outcome.GIVEN_UP:

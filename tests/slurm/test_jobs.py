@@ -113,7 +113,7 @@ def test_a_user_cancels(runs, undisturbed):
     held = runs.hold("cancelled", 5)
     runs.cluster.run("scancel", job)
     runs.cluster.wait_for(job, "CANCELLED")
-    assert ends(runs, "cancelled") == [("cancelled", "over")]
+    assert ends(runs, "cancelled") == [("ended by Slurm", "over")]
     [end] = runs.events("cancelled", "job_end")
     assert held <= end["step"] <= held + 1 and end["step"] < STEPS
     time.sleep(10)  # as long as a requeued job needs to come back

@@ -35,9 +35,8 @@ def close(folder: Path, exit_code: int = 0, *, time_limit: bool = False, state: 
         (7, 0, False, PREEMPTED, "preemption", Outcome.AGAIN),
         (7, 1, False, RUNNING, "failed", Outcome.AGAIN),
         (7, 0, False, RUNNING, "stopped", Outcome.OVER),
-        (7, 143, False, RUNNING, "stopped", Outcome.OVER),
         (7, 143, False, PREEMPTED, "preemption", Outcome.AGAIN),
-        (7, 1, True, CANCELLED, "cancelled", Outcome.OVER),
+        (7, 1, True, CANCELLED, "ended by Slurm", Outcome.OVER),
         (10, 1, False, RUNNING, "failed", Outcome.AGAIN),  # a run is finished when it says so
         (7, 0, True, "", "time limit", Outcome.AGAIN),  # slurmctld did not answer
     ],
@@ -58,6 +57,14 @@ def test_the_second_failure_at_a_step_is_the_last(tmp_path):
         found = close(tmp_path, 1)
         assert found.outcome is outcome and "InputError: a bad batch" in found.message
     assert "where it ended before" in found.message and "from the beginning" in found.message
+
+
+def test_a_program_that_stops_on_a_signal_and_says_so_by_its_exit_code(tmp_path):
+    begin(tmp_path, "1", 0, "n1")
+    reach(tmp_path, 4, save=True)
+    note(tmp_path, "stop", step=4, reason="SIGTERM")
+    found = close(tmp_path, 1)
+    assert (found.cause, found.outcome) == ("stopped", Outcome.OVER) and found.message.startswith("SIGTERM at step 4")
 
 
 def test_a_step_that_was_reached_once_and_preempted_in_between(tmp_path):
