@@ -69,8 +69,8 @@ def _number(option: str, value: str) -> int:
 
 def check_place(config: RunConfig, request: Request) -> None:
     """Raise InputError, one line, where a job of this configuration could not start or would not be allowed to."""
-    validate(config, request.world_size)
     _check_devices(config.runtime, request)
+    validate(config, request.world_size)
     _check_files(config)
     run_folder = Path(config.observe.run_dir)
     _check_writable(run_folder)
