@@ -81,7 +81,7 @@ def end(run_folder: Path, train_steps: int, *, exit_code: int, time_limit: bool,
         outcome = Outcome.GIVEN_UP if stuck else Outcome.AGAIN
     reason = cause
     if cause in ("failed", "stopped"):
-        reason = told.get("error") or told.get("reason") or f"exit code {exit_code}"
+        reason = told.get("error") or told.get("reason") or told.get("event") or f"exit code {exit_code}"
     message = _message(outcome, cause, reason, f"step {step} of {train_steps}", saved)
     found = End(outcome=outcome, cause=cause, step=step, message=message)
     note(run_folder, "job_end", cause=cause, outcome=outcome.value, step=step, exit_code=exit_code, reason=reason)
@@ -117,7 +117,7 @@ def _told(events: list[dict[str, Any]]) -> dict[str, Any]:
     for event in reversed(events):
         if event["event"] == "job_start":
             break
-        if event["event"] in ("failure", "stop"):
+        if event["event"] in ("failure", "stop", "hang", "divergence"):
             return event
     return {}
 

@@ -6,13 +6,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from megatron_ext.checkpoint import latest_checkpoint, read_metadata
 from megatron_ext.checkpoint.room import OPTIMIZER_BYTES, check_room
-from megatron_ext.config import InputError, as_dict, writing
+from megatron_ext.config import InputError, writing
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate
@@ -131,18 +130,11 @@ def _check_same_run(config: RunConfig, saved: Path) -> None:
         if metadata.get(name, identity) != identity:
             raise _another(saved, f"{name} {metadata[name]}", identity)
     then = yaml.safe_load((saved / "config.yaml").read_text(encoding="utf-8"))
-    for section, name in (("train", "seed"), ("train", "seq_length"), ("data", "document_alignment")):
+    windows = [] if config.data.allow_change else [("train", "seq_length"), ("data", "document_alignment")]
+    for section, name in (("train", "seed"), *windows):
         before, now = then[section][name], getattr(getattr(config, section), name)
         if before != now:
             raise _another(saved, f"{section}.{name} {before}", now)
-    before, now = _shares(then["data"]["train"]), _shares(as_dict(config.data.train))
-    if before != now:
-        raise _another(saved, f"shares {before} in data.train", now)
-
-
-def _shares(blend: list[dict[str, Any]]) -> list[float]:
-    total = sum(dataset["weight"] for dataset in blend)
-    return [round(dataset["weight"] / total, 6) for dataset in blend]
 
 
 def _another(saved: Path, before: str, now: object) -> InputError:

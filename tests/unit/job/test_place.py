@@ -88,7 +88,6 @@ def test_a_full_disk(workplace, tmp_path, monkeypatch):
         (["--train.seed", "5"], ["train.seed 1234", "this configuration has 5"]),
         (["--train.seq_length", "128"], ["train.seq_length 64", "128"]),
         (["--model.hidden_size", "32"], ["trained with model"]),
-        (["--data.train", '[{"prefix":"{w}/train"},{"prefix":"{w}/valid"}]'], ["shares [1.0] in data.train"]),
     ],
 )
 def test_a_run_folder_of_another_configuration(workplace, tmp_path, arguments, names):
@@ -100,6 +99,8 @@ def test_a_run_folder_of_another_configuration(workplace, tmp_path, arguments, n
     store = CheckpointStore(tmp_path / "run" / "checkpoints", keep=1)
     store.write(3, lambda folder: (folder / "config.yaml").write_text(to_yaml(config)), identities)
     check_place(configure(workplace, tmp_path / "run", "--optim.lr", "1", "--train.train_steps", "9"), TWO)
+    longer = ("--data.allow_change", "true", "--train.seq_length", "128")
+    check_place(configure(workplace, tmp_path / "run", *longer), TWO)
     arguments = [argument.replace("{w}", str(workplace)) for argument in arguments]
     with pytest.raises(InputError) as error:
         check_place(configure(workplace, tmp_path / "run", *arguments), TWO)
