@@ -39,6 +39,8 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd-%n.log
 SlurmdTimeout=10
+# A job of the tests is told that its time is nearly over; none is to be killed for it on a slow machine.
+OverTimeLimit=30
 # More CPUs than this machine may have.
 SlurmdParameters=config_overrides
 ReturnToService=2

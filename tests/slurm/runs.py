@@ -15,8 +15,8 @@ from tests.slurm.cluster import Cluster, environment_of, wait_until
 from tests.support.small_run import write_small_run
 
 ROOT = Path(__file__).parents[2]
-STEPS = 60
-SAVE_INTERVAL = 4
+STEPS = 48
+SAVE_INTERVAL = 6
 
 
 class Runs:
@@ -26,6 +26,7 @@ class Runs:
         """Write what they train on."""
         self.cluster = cluster
         self.folder = folder
+        self._held: dict[str, int] = {}
         config = write_small_run(folder)
         config["train"] |= {"train_steps": STEPS}
         config["checkpoint"] = {"save_interval": SAVE_INTERVAL}
@@ -59,17 +60,18 @@ class Runs:
             cwd=ROOT, env=self.environment | environment, input=typed, capture_output=True, text=True, timeout=90,
         )  # fmt: skip
 
-    def hold(self, name: str, step: int, *, ranks: int = 4) -> int:
-        """Let the ranks of a run stand still somewhere after `step`; returns the last step done.
+    def hold(self, name: str, *, ranks: int = 4) -> int:
+        """Let the ranks of a run stand still after one more checkpoint, and a step; returns the last step done.
 
         Slurm's signals then meet the run in the middle of its work, however fast the machine is.
         """
-        metrics = self.folder / name / "metrics.jsonl"
-        wait_until(lambda: len(self.ranks(name)) == ranks, f"{name} does not start", 240)
+        after = self._held.get(name, 0) + SAVE_INTERVAL + 1
+        wait_until(lambda: len(self.metrics(name)) >= after, f"{name} does not come to step {after}", 240)
         processes = self.ranks(name)
-        wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= step, f"{name} does not step", 240)
+        assert len(processes) == ranks, processes
         send(signal.SIGSTOP, processes)
-        return len(self.metrics(name))
+        self._held[name] = len(self.metrics(name))
+        return self._held[name]
 
     def go_on(self, name: str) -> None:
         """End `hold`."""
@@ -93,6 +95,10 @@ class Runs:
     def events(self, name: str, *kinds: str) -> list[dict[str, Any]]:
         """Lines of events.jsonl of these kinds."""
         return [event for event in self._lines(name, "events.jsonl") if event["event"] in kinds]
+
+    def resumed(self, name: str) -> list[int]:
+        """The steps after which the starts of a run began, in-job ones too."""
+        return [event["step"] for event in self.events(name, "resume")]
 
     def log(self, name: str) -> str:
         """What the job has printed."""

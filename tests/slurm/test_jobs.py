@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from megatron_ext.job.preflight import code_digest
 from tests.slurm.cluster import Cluster, kill_all, missing_programs, wait_until
-from tests.slurm.runs import ROOT, STEPS, Runs
+from tests.slurm.runs import ROOT, SAVE_INTERVAL, STEPS, Runs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -52,75 +53,81 @@ def test_one_rank_for_each_gpu_of_each_node(runs, undisturbed):
     assert starts(runs, "undisturbed") == [(0, 0)] and ends(runs, "undisturbed") == [("finished", "over")]
 
 
-def test_the_time_limit(runs, undisturbed):
-    """Slurm looks every 30 s, and speaks up to 60 s before it should. A rank died before: torchrun began again."""
-    job = runs.submit("limit", "--signal", "B:USR1@60", MAX_RESTARTS="1")
-    runs.hold("limit", 9)
-    kill_all(runs.ranks("limit")[-1:])
-    runs.go_on("limit")
-    wait_until(lambda: len(runs.events("limit", "resume")) == 2, "torchrun does not begin again", 120)
-    held = runs.hold("limit", 13)
+def a_rank_dies(runs: Runs, name: str, job: str) -> tuple[int, int]:
+    """torchrun begins again, on the same nodes, in the same job."""
+    held = runs.hold(name)
+    kill_all(runs.ranks(name)[-1:])
+    runs.go_on(name)
+    wait_until(lambda: len(runs.resumed(name)) == 2, "torchrun does not begin again", 120)
+    return held - SAVE_INTERVAL, held
+
+
+def its_time_is_over(runs: Runs, name: str, job: str) -> tuple[int, int]:
+    """The job is told, saves, and asks to be started again."""
+    held = runs.hold(name)
     hours, minutes, _ = runs.cluster.job(job)["RunTime"].split(":")
-    runs.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 2}")
-    wait_until((runs.folder / "limit" / "stop").exists, "Slurm does not tell of the time limit", 120)
-    runs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")  # the next start may take its time
-    runs.go_on("limit")
-    wait_until(lambda: len(runs.events("limit", "job_end")) == 1, "the run does not stop")
-    [end] = runs.events("limit", "job_end")
-    assert (end["cause"], end["outcome"]) == ("time limit", "again") and held <= end["step"] <= held + 1
-    runs.finish("limit", job)
-    assert starts(runs, "limit") == [(0, 0), (1, end["step"])]
-    [_, after_the_rank, after_the_limit] = [event["step"] for event in runs.events("limit", "resume")]
-    assert 4 <= after_the_rank < held and after_the_limit == end["step"]
-    assert runs.log("limit").count("tokens/s") >= 2
-    assert runs.metrics("limit") == undisturbed
+    runs.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
+    wait_until((runs.folder / name / "stop").exists, "Slurm does not tell of the time limit", 120)
+    runs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # the next start may take its time
+    runs.go_on(name)
+    wait_until(lambda: ends(runs, name)[-1:] == [("time limit", "again")], "the run does not stop")
+    return held, held + 1
 
 
-def test_preemption(runs, undisturbed):
+def it_is_preempted(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """Slurm wakes and ends the steps, and gives them a minute; the run saves and makes room within it."""
-    job = runs.submit("preempted")
-    held = runs.hold("preempted", 5)
+    held = runs.hold(name)
     urgent = runs.cluster.run(
         "sbatch", "--parsable", "-N2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1"
     )
     runs.cluster.wait_for(urgent, "COMPLETED")
-    [end] = runs.events("preempted", "job_end")
-    assert (end["cause"], end["outcome"]) == ("preemption", "again") and held <= end["step"] <= held + 1
-    assert runs.events("preempted", "stop")[0]["reason"] == "SIGTERM"
-    runs.finish("preempted", job)
-    assert starts(runs, "preempted") == [(0, 0), (1, end["step"])]
-    assert runs.metrics("preempted") == undisturbed
+    assert ends(runs, name)[-1] == ("preemption", "again")
+    assert runs.events(name, "stop")[-1]["reason"] == "SIGTERM"
+    return held, held + 1
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_node_is_lost(runs, undisturbed, node):
+def it_loses_a_node(node: str, runs: Runs, name: str, job: str) -> tuple[int, int]:
     """n1 takes the script and the rendezvous with it; without n2 torchrun waits for it. Slurm requeues the job."""
-    name = f"lost-{node}"
-    job = runs.submit(name, MAX_RESTARTS="1")
-    held = runs.hold(name, 9)
+    held = runs.hold(name)
     runs.cluster.kill_node(node)
     wait_until(lambda: runs.cluster.job(job)["JobState"] != "RUNNING", "Slurm does not notice", 120)
     runs.cluster.start_node(node)
-    runs.finish(name, job)
-    [_, (restart, step)] = starts(runs, name)
-    assert restart == 1 and 4 <= step <= held
-    assert runs.metrics(name) == undisturbed
+    return held - SAVE_INTERVAL, held
 
 
-def test_a_user_cancels(runs, undisturbed):
+def a_user_cancels_it(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """The run saves, and stays where it is until somebody submits it again."""
-    job = runs.submit("cancelled")
-    held = runs.hold("cancelled", 5)
+    held = runs.hold(name)
     runs.cluster.run("scancel", job)
     runs.cluster.wait_for(job, "CANCELLED")
-    assert ends(runs, "cancelled") == [("ended by Slurm", "over")]
-    [end] = runs.events("cancelled", "job_end")
-    assert held <= end["step"] <= held + 1 and end["step"] < STEPS
+    assert ends(runs, name)[-1] == ("ended by Slurm", "over")
     time.sleep(10)  # as long as a requeued job needs to come back
     assert runs.cluster.job(job)["JobState"] == "CANCELLED"
-    runs.finish("cancelled", runs.submit("cancelled", "--ntasks-per-node", "2", SBATCH_GPUS_PER_NODE=""))
-    assert starts(runs, "cancelled") == [(0, 0), (0, end["step"])]
-    assert runs.metrics("cancelled") == undisturbed
+    return held, held + 1
+
+
+LIVES = {
+    "queue": ((a_rank_dies, its_time_is_over, it_is_preempted), [0, 1, 2]),
+    "machines": ((partial(it_loses_a_node, "n2"), partial(it_loses_a_node, "n1"), a_user_cancels_it), [0, 1, 2, 0]),
+}
+"""Name -> what happens to a run, and the restarts of its job: a submission begins at 0."""
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_a_run_comes_to_its_end(runs, undisturbed, name):
+    """Each time it goes on from the step that it saved last, and it ends as the undisturbed run does."""
+    disturbances, restarts = LIVES[name]
+    job = runs.submit(name, MAX_RESTARTS="1")
+    bounds = [(0, 0), *(disturb(runs, name, job) for disturb in disturbances)]
+    if runs.cluster.job(job)["JobState"] == "CANCELLED":
+        job = runs.submit(name, "--ntasks-per-node", "2", SBATCH_GPUS_PER_NODE="")
+    runs.finish(name, job)
+    resumed = runs.resumed(name)
+    assert all(low <= step <= high for step, (low, high) in zip(resumed, bounds, strict=True)), (resumed, bounds)
+    assert [restart for restart, _ in starts(runs, name)] == restarts
+    assert {step for _, step in starts(runs, name)} <= set(resumed)
+    assert runs.log(name).count("tokens/s") >= len(bounds), "logs append"
+    assert runs.metrics(name) == undisturbed
 
 
 def test_a_node_with_other_code_is_named_twice_and_then_the_job_stops(runs):
@@ -141,7 +148,7 @@ def test_a_node_with_other_code_is_named_twice_and_then_the_job_stops(runs):
     log = runs.log("unlike")
     assert log.count("preflight: 4 ranks on 2 nodes") == 2, "logs append"
     *_, last = [line for line in log.splitlines() if line.startswith("error: ")]
-    assert "step 0 of 60, where it ended before: not started again" in last
+    assert f"step 0 of {STEPS}, where it ended before: not started again" in last
     # One of two nodes is unlike the other: which, is a matter of their order.
     host, its, others = re.search(r"(n[12]) \(ranks 2, 3\): code is (\w+), elsewhere (\w+)", last).groups()
     assert its != others and {"n1": its, "n2": others}[host] == code_digest()
@@ -170,7 +177,7 @@ def test_bad_input_gets_one_line_before_the_queue(runs):
 def test_a_user_asks_the_run_to_stop(runs):
     """It is not started again; nor is what Slurm knows of it a failure."""
     job = runs.submit("asked", "-N", "1", program="--train.train_steps 2000")
-    runs.hold("asked", 3, ranks=2)
+    runs.hold("asked", ranks=2)
     (runs.folder / "asked" / "stop").touch()
     runs.go_on("asked")
     assert runs.cluster.wait_for(job, "COMPLETED", "FAILED", "PENDING")["JobState"] == "COMPLETED"
