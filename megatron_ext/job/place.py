@@ -18,7 +18,11 @@ from megatron_ext.config.validate import validate
 from megatron_ext.plan import DecoderShape, count_parameters
 from megatron_ext.vocab import Vocabulary
 
-DATASET_FILES = (".manifest.json", ".bin", ".idx", ".spans.npz")
+DATASET_FILES = (".manifest.json", ".bin", ".idx")
+"""Without these a dataset is none; what else belongs to it is made again where it is absent."""
+
+OBJECT_STORE = "://"
+"""In a prefix that is no path: what lies there is looked at by the run itself, with the credentials of its nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +103,12 @@ def _check_devices(runtime: RuntimeConfig, request: Request) -> None:
 
 
 def _check_files(config: RunConfig) -> None:
-    for dataset in (*config.data.train, *config.data.valid):
+    prefixes = [dataset.prefix for dataset in (*config.data.train, *config.data.valid)]
+    for prefix in (prefix for prefix in prefixes if OBJECT_STORE not in prefix):
         for suffix in DATASET_FILES:
-            if not Path(dataset.prefix + suffix).is_file():
+            if not Path(prefix + suffix).is_file():
                 raise InputError(
-                    f"{dataset.prefix}{suffix} is missing: give data prefixes that tools/preprocess_data.py wrote, "
+                    f"{prefix}{suffix} is missing: give data prefixes that tools/preprocess_data.py wrote, "
                     f"from {Path.cwd()} or as absolute paths"
                 )
     source = config.checkpoint.init_from

@@ -56,6 +56,13 @@ def test_a_fit_job_passes_and_leaves_nothing(workplace, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_datasets_on_an_object_store_and_without_sidecar_are_left_to_the_run(workplace, tmp_path):
+    shutil.copytree(workplace, tmp_path / "data")
+    (tmp_path / "data" / "train.spans.npz").unlink()
+    prefixes = f'[{{"prefix": "s3://bucket/train"}}, {{"prefix": "{tmp_path}/data/train"}}]'
+    check_place(configure(workplace, tmp_path / "run", "--data.train", prefixes), TWO)
+
+
 @pytest.mark.parametrize(
     ("arguments", "request_", "names"),
     [
