@@ -77,10 +77,13 @@ ENDINGS = {
 def starts_of(run_dir: str | Path) -> list[Start]:
     """The starts of a run, in order."""
     starts: list[Start] = []
+    in_queue = False
     for event in read_json_lines(Path(run_dir) / "events.jsonl"):
         if event["event"] == "start":
             starts.append(Start(began=event["time"], ranks=(event.get("environment") or {}).get("world_size")))
-        if not starts:
+        # A job's own notes, between the end of a start and the next one, are no signs of the first one's life.
+        in_queue = event["event"] in ("job_end", "job_start") or (in_queue and event["event"] != "start")
+        if not starts or in_queue:
             continue
         start = starts[-1]
         start.events.append(event)
