@@ -14,7 +14,8 @@ from megatron_ext.config import writing
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
-from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
+from megatron_ext.observe.weights_and_biases import WeightsAndBiases
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, flat, read_json_lines
 from megatron_ext.runtime import Topology
 
 
@@ -29,6 +30,7 @@ class Run:
         self.folder = Path(observe.run_dir)
         self.console = Console(quiet=not is_main, highlight=False)
         self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
+        self._shared: WeightsAndBiases | None = None
         self._events: JsonLines | None = None
         self._config_yaml = config_yaml
         self._config = yaml.safe_load(config_yaml)
@@ -41,6 +43,8 @@ class Run:
             ]
             if observe.tensorboard:
                 self._writers.append(TensorBoard(self.folder / "tensorboard"))
+            if observe.wandb_project:
+                self._shared = WeightsAndBiases(observe.wandb_project, self.folder, self._config)
             self._events = JsonLines(self.folder / "events.jsonl")
 
     @classmethod
@@ -65,13 +69,15 @@ class Run:
                 Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
             run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
         run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
+        failed = True
         try:
             yield run
+            failed = False
         except BaseException as error:
             run.log_event("failure", error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            run.close()
+            run.close(failed)
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard scalars, and a console line when one is due.
@@ -81,11 +87,13 @@ class Run:
         """
         for writer in self._writers:
             writer.write(metrics)
+        if self._shared is not None:
+            self._shared.write(flat(metrics))
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
-        """Show the picture file at `path` under `name` in TensorBoard."""
-        for writer in self._writers:
-            if isinstance(writer, TensorBoard):
+        """Show the picture file at `path` under `name` in TensorBoard, and in Weights & Biases."""
+        for writer in (*self._writers, self._shared):
+            if isinstance(writer, TensorBoard | WeightsAndBiases):
                 writer.write_picture(name, path, step)
 
     def log_event(self, kind: str, **fields: Any) -> None:
@@ -137,8 +145,10 @@ class Run:
         finally:
             profiler.close()
 
-    def close(self) -> None:
-        """Flush and close all files."""
+    def close(self, failed: bool) -> None:
+        """Flush and close all files; `failed`: the start ends by an exception."""
         for writer in (*self._writers, self._events):
             if isinstance(writer, JsonLines | TensorBoard):
                 writer.close()
+        if self._shared is not None:
+            self._shared.close(failed)
