@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image as Picture
 
 import pretrain_emu3
 from megatron_ext.config import load
 from megatron_ext.config.run import RunConfig
-from megatron_ext.observe.report import COLORS
+from megatron_ext.data import DocumentDataset
+from megatron_ext.observe.report import COLORS, Card, Report
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
 from megatron_ext.vocab import Image, Text
+from tests.integration.test_quickstart_report import quickstart_report
 from tests.support.browser import Box, BrowserPage
 from tests.support.small_models import CODEBOOK_SIZE, VISION, small_vocabulary
 from tests.support.small_run import write_small_run
@@ -82,6 +85,26 @@ def test_the_report_of_a_run(run, browser):
         assert luminance_range(page.screenshot(places[0])) > 100
     with browser.page(run / "report.html", width=420) as page:
         assert page.overflow() == 0
+
+
+def test_the_quickstarts_report(run, tmp_path, browser):
+    """Its sections on the tiny run; its gallery as cards of plain colours."""
+    (tmp_path / "decoder").symlink_to(run)
+    page = Report("Quickstart", "What it did.")
+    colors = {"seen in training": (200, 30, 30), "held out": (30, 30, 200)}
+    page.cards([
+        Card(pictures={"original": Picture.new("RGB", (64, 64), color), "generated": None},
+             texts={"caption": "一只红色的狐狸"}, badge=badge)
+        for badge, color in colors.items()
+    ])  # fmt: skip
+    quickstart_report.add_training(page, tmp_path)
+    quickstart_report.add_data(page, {"train": DocumentDataset.open(run.parent / "train")}, {"train": (12, 0.875)})
+    with browser.page(page.write(tmp_path / "report.html")) as seen:
+        assert_healthy(seen, figures=3)  # losses, throughput, held out
+        assert seen.texts("h2") == ["Training", "Data"] and "87.5%" in seen.texts("td")
+        drawn = [seen.screenshot(box) for box in seen.boxes(".card img")]
+        assert [tuple(picture[40, 40]) for picture in drawn] == list(colors.values())
+        assert seen.texts(".badge") == list(colors) and seen.texts(".card dd") == ["一只红色的狐狸"] * 2
 
 
 def write_pictures(folder: Path) -> None:
