@@ -15,7 +15,7 @@ from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
 from megatron_ext.observe.weights_and_biases import WeightsAndBiases
-from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, flat, read_json_lines
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
 from megatron_ext.runtime import Topology
 
 
@@ -29,8 +29,7 @@ class Run:
         self._observe = observe
         self.folder = Path(observe.run_dir)
         self.console = Console(quiet=not is_main, highlight=False)
-        self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
-        self._shared: WeightsAndBiases | None = None
+        self._writers: list[JsonLines | TensorBoard | WeightsAndBiases | ConsoleLines] = []
         self._events: JsonLines | None = None
         self._config_yaml = config_yaml
         self._config = yaml.safe_load(config_yaml)
@@ -44,7 +43,7 @@ class Run:
             if observe.tensorboard:
                 self._writers.append(TensorBoard(self.folder / "tensorboard"))
             if observe.wandb_project:
-                self._shared = WeightsAndBiases(observe.wandb_project, self.folder, self._config)
+                self._writers.append(WeightsAndBiases(observe.wandb_project, self.folder, self._config))
             self._events = JsonLines(self.folder / "events.jsonl")
 
     @classmethod
@@ -69,15 +68,13 @@ class Run:
                 Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
             run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
         run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
-        failed = True
         try:
             yield run
-            failed = False
         except BaseException as error:
             run.log_event("failure", error=f"{type(error).__name__}: {error}")
             raise
         finally:
-            run.close(failed)
+            run.close()
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard scalars, and a console line when one is due.
@@ -87,12 +84,10 @@ class Run:
         """
         for writer in self._writers:
             writer.write(metrics)
-        if self._shared is not None:
-            self._shared.write(flat(metrics))
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
         """Show the picture file at `path` under `name` in TensorBoard, and in Weights & Biases."""
-        for writer in (*self._writers, self._shared):
+        for writer in self._writers:
             if isinstance(writer, TensorBoard | WeightsAndBiases):
                 writer.write_picture(name, path, step)
 
@@ -145,10 +140,8 @@ class Run:
         finally:
             profiler.close()
 
-    def close(self, failed: bool) -> None:
-        """Flush and close all files; `failed`: the start ends by an exception."""
+    def close(self) -> None:
+        """Flush and close all files."""
         for writer in (*self._writers, self._events):
-            if isinstance(writer, JsonLines | TensorBoard):
+            if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
                 writer.close()
-        if self._shared is not None:
-            self._shared.close(failed)

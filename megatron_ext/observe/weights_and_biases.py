@@ -8,12 +8,14 @@ History there cannot be taken back: of steps that come again after a kill or a r
 
 import contextlib
 import os
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import InputError
+from megatron_ext.observe.writers import flat
 
 ID_FILE = "wandb_run_id"
 
@@ -56,9 +58,12 @@ class WeightsAndBiases:
         """Last step that was logged by this start."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Log every number of `record`, which is flat, at `record["step"]`."""
-        numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
-        self._log(numbers, record["step"])
+        """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
+        numbers = {name: value for name, value in flat(record).items() if isinstance(value, int | float)}
+        self._log({name: value for name, value in numbers.items() if name != "step"}, record["step"])
+
+    def truncate_after(self, step: int) -> None:
+        """What was sent stays there; the steps that come again are not sent."""
 
     def write_picture(self, name: str, path: Path, step: int) -> None:
         """Log the picture file at `path`."""
@@ -69,9 +74,9 @@ class WeightsAndBiases:
             self._last = step
             self._run.log(dict(values), step=step)
 
-    def close(self, failed: bool) -> None:
-        """Send what is left and end the start; `failed` marks the run as crashed."""
-        self._run.finish(exit_code=int(failed))
+    def close(self) -> None:
+        """Send what is left and end the start; while an exception ends it, the run is marked as failed."""
+        self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
 
 
 def _run_id(path: Path) -> str:
