@@ -18,6 +18,11 @@ class Bar:
     parts: Sequence[tuple[str, float, str]]
     """(name, amount, what the reader is told of it); the amounts of all of them make the whole bar."""
 
+    @property
+    def readable(self) -> float:
+        """The amount of a part that is wide enough for words."""
+        return 0.06 * sum(amount for _, amount, _ in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StripPart:
