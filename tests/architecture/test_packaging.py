@@ -54,6 +54,7 @@ COMES_WITH = {
     "nvidia": "the cuda extra",
     "boto3": "the s3 extra",
     "botocore": "boto3",
+    "wandb": "the wandb extra",
 }
 
 

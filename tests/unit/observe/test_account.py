@@ -54,8 +54,9 @@ def test_every_second_has_a_cause(tmp_path):
     assert account.elapsed == 326.0
     assert (account.training, account.evaluation, account.saving) == (50.0, 0.5, 4.0)
     assert account.starting == 10.0 + 5.0 + 4.0
-    # Alive 32 + 40 + 1 + 26 seconds: of them 50.5 + 4 + 19 are told, the others are steps that came again and waits.
-    assert account.lost_and_other == pytest.approx(99 - 73.5)
+    # Alive 32 + 40 + 1 + 26 seconds: of them 50.5 + 4 + 19 are told, 20 are the killed start's last two steps.
+    assert account.steps_done_again == 20.0  # two steps of 10 seconds
+    assert account.other == pytest.approx(99 - 73.5 - 20)
     assert account.down == pytest.approx(326 - 99)
     assert sum(seconds for _, seconds in account.causes()) == pytest.approx(account.elapsed)
     assert account.goodput == pytest.approx(50 / 326)
