@@ -1,40 +1,45 @@
-"""Pictures and clips to visual codes: folders or WebDataset tars in, tar shards of codes and a manifest out.
+"""Pictures and clips to visual codes: folders, WebDataset tars or manifests in, tar shards of codes and a manifest out.
 
-What cannot be decoded is skipped, counted and named; too much of it stops the program. Started again, it takes up where
-it was interrupted, and does nothing when inputs, tokenizer and options are as they were; when they are not, it refuses
-or, if told so, overwrites.
+What cannot be used is skipped, counted and named; too much of it stops the program. Several jobs share the work by
+shard_index and num_shards; what they write does not depend on how many they are. Started again, a job does only what is
+not finished; when inputs, tokenizer or options are not as they were, it refuses or, if told so, overwrites.
 """
 
-import functools
 import hashlib
 import json
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
-from megatron_ext.media import ResizeConfig, Sample, list_samples
+from megatron_ext.media import Fault, MediaError, Part, ResizeConfig, Sample, listing_of, parts_of, readable_name
+from megatron_ext.media.array import shard_of_job
+from megatron_ext.media.decode import ClipConfig, DecodedSample, Decoder
+from megatron_ext.media.workers import WorkerPool
 from megatron_ext.observe.progress import progress
 from megatron_ext.runtime.device import choose_device
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
-from megatron_ext.vision.shards import ShardWriter
-from megatron_ext.vision.tokenize import ClipConfig, decode_sample, tokenize
+from megatron_ext.vision.shards import SKIPPED, Chunk, CodesFolder, Skipped
+from megatron_ext.vision.tokenize import tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeVisionConfig:
-    """Tokenize pictures and clips: folders or WebDataset tars in, tar shards of codes and a manifest out."""
+    """Tokenize pictures and clips: folders, WebDataset tars or manifests in, tar shards of codes and a manifest out."""
 
     inputs: list[str]
-    """Folders in the layout of img2dataset's "files" output, and WebDataset tars."""
+    """Folders in the layout of img2dataset's "files" output, WebDataset tars, pictures, clips, manifests (.jsonl or
+    .parquet with a column path, as curation writes them), and glob patterns of these."""
 
     tokenizer: str
     """Folder of the vision tokenizer (config.json, model.safetensors)."""
 
     output: str
-    """Folder for the shards and manifest.json."""
+    """Folder for the shards and manifest.json; jobs of one work share it."""
 
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """Size at which pictures and frames are encoded."""
@@ -46,35 +51,50 @@ class TokenizeVisionConfig:
     """Pictures, or clips, of equal size encoded at once."""
 
     shard_size: int = 1000
-    """Input samples of one shard; an interruption loses at most this much work."""
+    """Input samples of one shard of codes; an interruption loses at most this much work."""
+
+    decode_workers: int = 2
+    """Processes that read, decode and resize while this one encodes; 0 decodes in this one."""
+
+    shard_index: int | None = None
+    """Which share of the inputs this job does, from 0; null takes the task of Slurm's job array, else all."""
+
+    num_shards: int | None = None
+    """Number of jobs that share the inputs; null takes the size of Slurm's job array, else 1."""
+
+    merge_only: bool = False
+    """Tokenize nothing: complete the folder that the jobs of a larger num_shards have filled."""
 
     max_bad_fraction: float = 0.01
     """Largest share of the samples that may be unusable (undecodable, unreadable captions); more of them stop."""
 
     overwrite: bool = False
-    """Remove what output holds when it was made with other inputs, options or tokenizer; false refuses."""
+    """Make output anew where it was made with other inputs, options or tokenizer; false refuses."""
 
     device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
-            raise InputError("inputs is empty: give folders or tars of media")
+            raise InputError("inputs is empty: give folders, tars or manifests of media")
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)}: must be positive")
+        if self.decode_workers < 0:
+            raise InputError(f"decode_workers = {self.decode_workers}: must be at least 0")
 
 
-def manifest_header(config: TokenizeVisionConfig, samples: list[Sample], model: MoVQGAN) -> dict:
-    """What shapes the codes and their order; equal headers mean that finished shards can stay."""
-    listing = [
-        (
-            sample.key,
-            sample.kind,
-            *((part.size, part.stamp) for part in (sample.media, sample.text, sample.fields) if part),
-        )
-        for sample in samples
-    ]
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A chunk of the inputs that is not tokenized yet."""
+
+    chunk: Chunk
+    entries: list[Sample | Fault]
+
+
+def manifest_header(config: TokenizeVisionConfig, parts: list[Part], model: MoVQGAN) -> dict:
+    """What shapes the codes and their order, beside the contents of the inputs."""
+    names = [[part.layout, *map(str, part.paths)] for part in parts]
     return {
         "vision_tokenizer": model.identity,
         "codebook_size": model.config.codebook_size,
@@ -82,9 +102,38 @@ def manifest_header(config: TokenizeVisionConfig, samples: list[Sample], model: 
         "temporal_factor": model.config.temporal_downsample_factor,
         "resize": as_dict(config.resize),
         "clips": as_dict(config.clips),
+        "batch_size": config.batch_size,
         "shard_size": config.shard_size,
-        "inputs_sha256": hashlib.sha256(json.dumps(listing).encode()).hexdigest(),
+        "input_names_sha256": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
     }
+
+
+def chunks_of_job(parts: list[Part], shard_size: int, index: int, count: int) -> Iterator[Work]:
+    """The chunks of job `index` of `count`: tars whole, in turn, so that a job lists only its own; folders and
+    manifests, which every job lists, chunk by chunk."""
+    for number, part in enumerate(parts):
+        if part.layout == "tar" and number % count != index:
+            continue
+        listing = listing_of(part)
+        chunks = max(1, math.ceil(len(listing) / shard_size))
+        for place in range(chunks):
+            if part.layout != "tar" and (number + place) % count != index:
+                continue
+            entries = listing.entries(place * shard_size, (place + 1) * shard_size)
+            chunk = Chunk(part=number, number=place, count=chunks, inputs_sha256=_digest(entries))
+            yield Work(chunk=chunk, entries=entries)
+
+
+def _digest(entries: list[Sample | Fault]) -> str:
+    """Of what would be seen to change if the files did."""
+    seen = []
+    for entry in entries:
+        if isinstance(entry, Fault):
+            seen.append((entry.key, entry.source, entry.reason))
+        else:
+            extents = (part for part in (entry.media, entry.text, entry.fields) if part)
+            seen.append((entry.key, entry.kind, entry.given, *((e.offset, e.size, e.stamp) for e in extents)))
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
 def main(argv: list[str]) -> None:
@@ -92,57 +141,143 @@ def main(argv: list[str]) -> None:
     config = load(TokenizeVisionConfig, argv, prog="tokenize_vision")
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
-    samples = list_samples(config.inputs)
-    model = load_vision_tokenizer(config.tokenizer).to(choose_device(RuntimeConfig(device=config.device), 0))
+    index, count = shard_of_job(config.shard_index, config.num_shards)
+    parts = parts_of(config.inputs)
+    model = load_vision_tokenizer(config.tokenizer)
     factor = model.config.spatial_factor
     if config.resize.rule == "square" and config.resize.size % factor:
         raise InputError(f"resize.size = {config.resize.size}: must be a multiple of the spatial factor {factor}")
-    writer = ShardWriter(config.output, manifest_header(config, samples, model), overwrite=config.overwrite)
-    for item in writer.manifest["skipped"]:
+    folder = CodesFolder(config.output, manifest_header(config, parts, model), overwrite=config.overwrite)
+    if not config.merge_only:
+        job = _Job(config, model, folder, bad, console)
+        job.run(list(chunks_of_job(parts, config.shard_size, index, count)))
+        if count > 1:
+            then = "when all are, complete the folder with merge_only: true"
+            console.print(f"{config.output}: job {index} of {count} is finished; {then}", soft_wrap=True)
+            _print_skipped(bad, console)
+            return
+    _complete(config, folder, len(parts), console)
+
+
+class _Job:
+    """The tokenization of one job's chunks."""
+
+    def __init__(
+        self, config: TokenizeVisionConfig, model: MoVQGAN, folder: CodesFolder, bad: BadSamples, console: Console
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._folder = folder
+        self._bad = bad
+        self._console = console
+        self._total = 0
+
+    def run(self, works: list[Work]) -> None:
+        """Tokenize what is not finished."""
+        output = self._config.output
+        self._total = sum(len(work.entries) for work in works)
+        todo = []
+        for work in works:
+            record = self._folder.finished(work.chunk)
+            if record is None:
+                work.entries[:] = _distinct(work.entries)
+                todo.append(work)
+            known = record["skipped"] if record else _faults(work.entries)
+            for item in known:
+                self._bad.add(item["source"], item["reason"])
+        self._bad.check(self._total)
+        left = sum(len(work.entries) for work in todo)
+        if not todo:
+            self._console.print(f"{output} is finished and nothing has changed: reused", soft_wrap=True)
+            return
+        if left < self._total:
+            done = f"{self._total - left} of {self._total} samples were done before, going on"
+            self._console.print(f"{output}: {done}", soft_wrap=True)
+        start = time.monotonic()
+        self._model.to(choose_device(RuntimeConfig(device=self._config.device), 0))
+        with progress("tokenize", left, "samples", self._console) as advance:
+            self._tokenize(todo, advance)
+        self._console.print(f"tokenized {left} samples in {time.monotonic() - start:.1f} s", soft_wrap=True)
+
+    def _tokenize(self, todo: list[Work], advance: Callable[[int], None]) -> None:
+        decoder = Decoder(
+            resize=self._config.resize,
+            clips=self._config.clips,
+            spatial_factor=self._model.config.spatial_factor,
+            temporal_factor=self._model.config.temporal_downsample_factor,
+        )
+        with WorkerPool(decoder, self._config.decode_workers) as pool:
+            # One stream over all chunks: the workers go on while a shard is written.
+            results = pool.map(entry for work in todo for entry in work.entries if isinstance(entry, Sample))
+            for work in todo:
+                skipped: list[Skipped] = []
+                usable = self._usable(work.entries, results, skipped, advance)
+                samples = tokenize(usable, self._model, batch_size=self._config.batch_size, advance=advance)
+                self._folder.write(work.chunk, samples, skipped)
+
+    def _usable(
+        self,
+        entries: list[Sample | Fault],
+        results: Iterator[DecodedSample | MediaError],
+        skipped: list[Skipped],
+        advance: Callable[[int], None],
+    ) -> Iterator[DecodedSample]:
+        """The results of the samples among `entries`; what is wrong with the others is added to `skipped`."""
+        for entry in entries:
+            result = next(results) if isinstance(entry, Sample) else MediaError(entry.reason)
+            if isinstance(result, DecodedSample):
+                yield result
+                continue
+            source = readable_name(entry.source)
+            skipped.append({"key": entry.key, "source": source, "reason": str(result)})
+            self._bad.add(source, str(result))
+            self._bad.check(self._total)  # finished shards stay: with a larger fraction the work goes on
+            advance(1)
+
+
+def _distinct(entries: list[Sample | Fault]) -> Iterator[Sample | Fault]:
+    """The entries; a sample whose key an earlier one has is a fault."""
+    first: dict[str, str] = {}
+    for entry in entries:
+        source = readable_name(entry.source)
+        if isinstance(entry, Sample) and entry.key in first:
+            yield Fault(key=entry.key, source=source, reason=f"its key is also that of {first[entry.key]}")
+            continue
+        if isinstance(entry, Sample):
+            first[entry.key] = source
+        yield entry
+
+
+def _faults(entries: list[Sample | Fault]) -> list[Skipped]:
+    """What is known to be unusable before anything is decoded."""
+    faults = (entry for entry in entries if isinstance(entry, Fault))
+    return [{"key": fault.key, "source": fault.source, "reason": fault.reason} for fault in faults]
+
+
+def _complete(config: TokenizeVisionConfig, folder: CodesFolder, parts: int, console: Console) -> None:
+    """Write the manifest of a folder whose chunks are all finished, and tell what it holds."""
+    bad = BadSamples(config.max_bad_fraction)
+    records = folder.records(parts)
+    for item in (item for record in records.values() for item in record["skipped"]):
         bad.add(item["source"], item["reason"])
-    bad.check(len(samples))
-    if writer.complete:
-        console.print(f"{config.output} is finished and nothing has changed: reused", soft_wrap=True)
-    else:
-        _tokenize_all(config, samples, model, writer, bad, console)
-    _report(config, writer, bad, console)
-
-
-def _tokenize_all(
-    config: TokenizeVisionConfig,
-    samples: list[Sample],
-    model: MoVQGAN,
-    writer: ShardWriter,
-    bad: BadSamples,
-    console: Console,
-) -> None:
-    decode = functools.partial(decode_sample, model=model, resizing=config.resize, clips=config.clips)
-    done, start = writer.inputs_done, time.monotonic()
-    if done:
-        console.print(f"{config.output}: {done} of {len(samples)} samples were done before, going on", soft_wrap=True)
-    with progress("tokenize", len(samples) - done, "samples", console) as advance:
-        for first in range(done, len(samples), config.shard_size):
-            block = samples[first : first + config.shard_size]
-            tokenized, skipped = tokenize(block, model, decode, batch_size=config.batch_size, advance=advance)
-            for item in skipped:
-                bad.add(item["source"], item["reason"])
-            bad.check(len(samples))  # the shards before this one stay: with a larger fraction the work goes on
-            writer.write(tokenized, skipped, len(block))
-    writer.finish()
-    console.print(f"tokenized {len(samples) - done} samples in {time.monotonic() - start:.1f} s", soft_wrap=True)
-
-
-def _report(config: TokenizeVisionConfig, writer: ShardWriter, bad: BadSamples, console: Console) -> None:
-    manifest = writer.manifest
+    bad.check(sum(len(record["keys"]) + len(record["skipped"]) for record in records.values()))
+    manifest = folder.complete(records)
     console.print(
-        f"{config.output}: {manifest['samples']['image']} pictures, {manifest['samples']['video']} clips in "
-        f"{len(manifest['shards'])} shards, vision tokenizer {manifest['vision_tokenizer']}",
+        f"{config.output}: {manifest['samples']['image']} pictures, {manifest['samples']['video']} clips "
+        f"({manifest['without_captions']} without a caption) in {len(manifest['shards'])} shards, "
+        f"vision tokenizer {manifest['vision_tokenizer']}",
         soft_wrap=True,
     )
+    _print_skipped(bad, console)
+    if bad.reasons:
+        console.print(f"{len(bad.reasons)} were skipped: {config.output}/{SKIPPED}", soft_wrap=True)
+    if not manifest["shards"]:
+        raise InputError(f"none of the {len(bad.reasons)} samples of {config.inputs} could be used")
+
+
+def _print_skipped(bad: BadSamples, console: Console) -> None:
     for line in bad.lines():
         console.print(line, markup=False, soft_wrap=True)
-    if not manifest["shards"]:
-        raise InputError(f"none of the {len(manifest['skipped'])} samples of {config.inputs} could be used")
 
 
 def cli() -> None:

@@ -4,15 +4,19 @@ from megatron_ext.media.clips import Clip, decode_clip, decode_frames
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.headers import Header, read_header
 from megatron_ext.media.index import MediaIndex, build_index
+from megatron_ext.media.listing import Listing, Part, list_samples, listing_of, parts_of
 from megatron_ext.media.pictures import decode_picture
 from megatron_ext.media.resize import ResizeConfig, resize, smart_resize
-from megatron_ext.media.samples import Sample, json_captions, list_samples, readable_name
+from megatron_ext.media.samples import Fault, Sample, json_captions, readable_name
 
 __all__ = [
     "Clip",
+    "Fault",
     "Header",
+    "Listing",
     "MediaError",
     "MediaIndex",
+    "Part",
     "ResizeConfig",
     "Sample",
     "build_index",
@@ -21,6 +25,8 @@ __all__ = [
     "decode_picture",
     "json_captions",
     "list_samples",
+    "listing_of",
+    "parts_of",
     "read_header",
     "readable_name",
     "resize",

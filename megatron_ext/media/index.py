@@ -16,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.config import writing
+from megatron_ext.config import InputError, writing
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.headers import Header, read_header
-from megatron_ext.media.samples import Extent, Sample, expand, layout_of, samples_of
+from megatron_ext.media.listing import expand, layout_of, samples_of
+from megatron_ext.media.samples import Extent, Sample
 
 FORMAT = 1
 """Number of the layout of the index files; others are made anew."""
@@ -158,9 +159,11 @@ def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress
     """The samples of all inputs (paths or patterns). Interrupted, it keeps the inputs that were finished.
 
     Raises:
-        InputError: as `expand` and `samples_of`; `index_dir` cannot be written.
+        InputError: as `expand` and `samples_of`; a manifest; `index_dir` cannot be written.
     """
     paths = [(number, path) for number, pattern in enumerate(inputs) for path in expand(pattern)]
+    for manifest in (path for _, path in paths if layout_of(path) == "manifest"):
+        raise InputError(f"input {str(manifest)!r} is a manifest: name the folders and tars that its rows are in")
     caches = {
         path: Path(index_dir) / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]}.npz"
         for _, path in paths

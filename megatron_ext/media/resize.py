@@ -1,4 +1,4 @@
-"""Resize rules: a fixed square, or the paper's bounds on the area with the aspect ratio kept.
+"""Resize rules: a fixed square, or with the aspect ratio kept a fixed area or bounds on it, as in the paper.
 
 Shapes: H W pixels, C colour channels.
 """
@@ -20,12 +20,14 @@ MAX_ASPECT_RATIO = 5  # upstream image_processing_emu3visionvq.py:53-144
 class ResizeConfig:
     """To which size pictures and frames are brought before they are encoded."""
 
-    rule: Literal["area", "square"] = "area"
+    rule: Literal["area", "target", "square"] = "area"
     """area: keep the aspect ratio, round both sides to the spatial factor, keep the area within min_pixels and
-    max_pixels, as Emu3; square: the largest centred square, brought to size x size."""
+    max_pixels (Emu3's understanding data); target: keep the aspect ratio, bring every area to about size x size (its
+    pretraining with 512, its quality fine-tuning with 720); square: the largest centred square, brought to
+    size x size."""
 
     size: int = 512
-    """Side of the square in pixels, rule square only."""
+    """Side of the square in pixels, rules target and square only."""
 
     min_pixels: int = 512 * 512
     """Smaller pictures are enlarged to at least this area, rule area only."""
@@ -49,10 +51,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     Raises:
         MediaError: a side below `factor`, or one side more than 5 times the other.
     """
-    if min(height, width) < factor:
-        raise MediaError(f"{height}x{width} pixels: each side must have at least {factor}")
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise MediaError(f"{height}x{width} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+    _check_sides(height, width, factor)
     new_height, new_width = (round(side / factor) * factor for side in (height, width))
     if new_height * new_width > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
@@ -63,11 +62,33 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     return new_height, new_width
 
 
+def target_size(height: int, width: int, *, factor: int, size: int) -> tuple[int, int]:
+    """Height and width as the multiples of `factor` nearest to the same shape with the area of `size` x `size`.
+
+    It is the grid that a prompt asks for by an aspect ratio, so that generation meets what training saw.
+    Source: upstream emu3/mllm/processing_emu3.py:254-261.
+
+    Raises:
+        MediaError: as `smart_resize`.
+    """
+    _check_sides(height, width, factor)
+    scale = size / math.sqrt(height * width) / factor
+    new_height, new_width = (max(1, round(side * scale)) * factor for side in (height, width))
+    return new_height, new_width
+
+
+def _check_sides(height: int, width: int, factor: int) -> None:
+    if min(height, width) < factor:
+        raise MediaError(f"{height}x{width} pixels: each side must have at least {factor}")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise MediaError(f"{height}x{width} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
+
+
 def resize(picture_HWC: np.ndarray, config: ResizeConfig, factor: int) -> np.ndarray:
     """The uint8 picture brought to the size `config` says, bicubic; sides are multiples of `factor`.
 
     Raises:
-        MediaError: rule area, and the picture is too small or too elongated.
+        MediaError: rule area or target, and the picture is too small or too elongated.
     """
     height, width = picture_HWC.shape[:2]
     if config.rule == "square":
@@ -75,6 +96,8 @@ def resize(picture_HWC: np.ndarray, config: ResizeConfig, factor: int) -> np.nda
         top, left = (height - side) // 2, (width - side) // 2
         picture_HWC = picture_HWC[top : top + side, left : left + side]
         target = (config.size, config.size)
+    elif config.rule == "target":
+        target = target_size(height, width, factor=factor, size=config.size)
     else:
         target = smart_resize(height, width, factor=factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
     if picture_HWC.shape[:2] == target:

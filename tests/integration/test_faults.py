@@ -114,7 +114,7 @@ def full_disk(most_bytes: int) -> Iterator[None]:
     [
         (pretrain("--train.train_steps 1", "step 1 could not be saved", "run/checkpoints", "File too large"), 40_000),
         (preprocess("--text [{w}/long.txt]", "output_prefix", "out/set_train", "File too large"), 8_192),
-        (tokenize("--inputs [{w}/media]", "output", "codes-00000.tar", "File too large"), 4_096),
+        (tokenize("--inputs [{w}/media]", "output", "codes-00000-00000.tar", "File too large"), 4_096),
         (text_tokenizer("--input [{w}/long.txt] --vocab_size 300", "output", "text.model", "File too large"), 1_024),
     ],
     ids=["checkpoint", "dataset", "codes", "text tokenizer"],

@@ -26,10 +26,10 @@ from torch import Tensor
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
+from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
 from megatron_ext.runtime.device import PRECISIONS, choose_device, set_threads
 from megatron_ext.vision import MoVQGAN, from_uint8, to_uint8
-from megatron_ext.vision.tokenize import ClipConfig
 from tokenizer_train.vision.codebook import perplexity
 from tokenizer_train.vision.codecs import Bicubic, Codec, Jpeg, TokenizerCodec
 from tokenizer_train.vision.data import TrainingMedia

@@ -16,7 +16,7 @@ from PIL import Image
 from megatron_ext.config import InputError
 from megatron_ext.media import MediaError, build_index, decode_clip, decode_frames, decode_picture, list_samples
 from megatron_ext.media.headers import read_header
-from megatron_ext.media.samples import expand
+from megatron_ext.media.listing import expand
 
 MEDIA = Path(__file__).parents[3] / "examples/media"
 

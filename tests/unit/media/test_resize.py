@@ -8,6 +8,7 @@ from transformers.models.emu3.image_processing_emu3 import smart_resize as trans
 
 from megatron_ext.config import InputError
 from megatron_ext.media import MediaError, ResizeConfig, resize, smart_resize
+from megatron_ext.media.resize import target_size
 
 BOUNDS = [(65536, 262144), (262144, 1048576), (518400, 518400)]
 
@@ -51,3 +52,28 @@ def test_square_rule_takes_the_centre():
 def test_impossible_rules_are_refused(values):
     with pytest.raises(InputError):
         ResizeConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "grid"),
+    [
+        (512, 512, 512, (64, 64)),  # emu3_facts: 64 x 64 codes of a square at 512, 90 x 90 at 720
+        (3000, 3000, 720, (90, 90)),
+        (300, 400, 512, (55, 74)),  # upstream's grid for 4:3, enlarged or not
+        (1200, 1600, 512, (55, 74)),
+        (1080, 1920, 720, (68, 120)),
+        (100, 500, 512, (29, 143)),
+    ],
+)
+def test_target_is_the_nearest_grid_of_the_area(height, width, size, grid):
+    found = target_size(height, width, factor=8, size=size)
+    assert found == (grid[0] * 8, grid[1] * 8)
+    picture = np.zeros((height, width, 3), dtype=np.uint8)
+    assert resize(picture, ResizeConfig(rule="target", size=size), 8).shape[:2] == found
+
+
+def test_target_refuses_what_the_paper_refuses():
+    with pytest.raises(MediaError, match="more than 5 times"):
+        target_size(100, 501, factor=8, size=512)
+    with pytest.raises(MediaError, match="at least 8"):
+        target_size(7, 20, factor=8, size=512)

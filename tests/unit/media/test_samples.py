@@ -7,7 +7,7 @@ import tarfile
 import pytest
 
 from megatron_ext.config import InputError
-from megatron_ext.media import MediaError, list_samples
+from megatron_ext.media import Fault, MediaError, list_samples, listing_of, parts_of
 
 FIELDS = {"caption": "A bee.", "url": "x", "caption_zh": "一只蜜蜂。", "captions": ["Bee"]}
 FILES = {
@@ -76,3 +76,59 @@ def test_bad_inputs_are_refused(folder, shard, tmp_path):
     (tmp_path / "broken.tar").write_bytes(b"x" * 2000)
     with pytest.raises(InputError, match="not an uncompressed tar"):
         list_samples([tmp_path / "broken.tar"])
+
+
+def entries(path):
+    [part] = parts_of([path])
+    listing = listing_of(part)
+    return listing.entries(0, len(listing))
+
+
+def kinds(path):
+    """Keys of samples, and key: reason of faults."""
+    return [entry.key if not isinstance(entry, Fault) else f"{entry.key}: {entry.reason}" for entry in entries(path)]
+
+
+def test_a_tar_that_is_cut_off_keeps_what_is_whole(shard):
+    whole = shard.read_bytes()
+    with tarfile.open(shard) as tar:
+        members = {member.name: member for member in tar}
+    cut = "the tar is cut off: this sample may lack files, and what followed is lost"
+    ends = {
+        members["00000/a.mp4"].offset_data + 3: ["00000/b", f"00000/a: {cut}"],  # within a file
+        members["00000_stats.json"].offset: ["00000/b", f"00000/a: {cut}"],  # behind a sample: no end mark
+        members["c.v1.png"].offset + 100: ["00000/a", "00000/b", f"00000_stats: {cut}"],  # within a header
+        members["00000/b.txt"].offset_data: [f"00000/b: {cut}"],
+        300: ["shard: it is not an uncompressed tar (truncated header)"],
+        0: ["shard: it is not an uncompressed tar (empty file)"],
+    }
+    for end, expected in ends.items():
+        shard.write_bytes(whole[:end])
+        assert kinds(shard) == expected, end
+        with pytest.raises(InputError, match=r"shard.tar"):
+            list_samples([shard])
+
+
+def test_a_tar_that_is_damaged_in_the_middle_keeps_what_is_before(shard):
+    whole = bytearray(shard.read_bytes())
+    with tarfile.open(shard) as tar:
+        offset = tar.getmember("00000_stats.json").offset
+    whole[offset : offset + 512] = b"x" * 512
+    shard.write_bytes(whole)
+    good, fault = kinds(shard)
+    assert good == "00000/b" and fault.startswith(f"00000/a: the tar is damaged at byte {offset}: ")
+
+
+def test_of_two_media_files_of_one_key_the_first_is_used(folder):
+    (folder / "00000/b.png").write_bytes(b"")
+    first, second, fault, third = entries(folder)
+    assert [first.key, second.key, third.key] == ["00000/a", "00000/b", "c"]
+    assert second.media.read() == b"picture b" and fault.source.endswith("b.png")
+    assert fault.reason.startswith("two media files of one key: ") and fault.reason.endswith("b.jpg is used")
+
+
+def test_a_file_that_has_shrunk_is_a_media_error(folder):
+    sample = next(s for s in list_samples([folder]) if s.key == "00000/b")
+    (folder / "00000/b.jpg").write_bytes(b"pic")
+    with pytest.raises(MediaError, match="ends after 3 of 9 bytes"):
+        sample.media.read()

@@ -98,7 +98,7 @@ def test_ibq_from_pictures_to_codes_and_back(tmp_path):
             "--resize.min_pixels=1024", "--resize.max_pixels=65536", "--device=cpu",
         ]
     )  # fmt: skip
-    with tarfile.open(tmp_path / "codes/codes-00000.tar") as tar:
+    with tarfile.open(tmp_path / "codes/codes-00000-00000.tar") as tar:
         codes = np.load(io.BytesIO(tar.extractfile("a.codes.npy").read()))
     manifest = json.loads((tmp_path / "codes/manifest.json").read_text())
     assert manifest["codebook_size"] == 131_072 and manifest["spatial_factor"] == 16

@@ -1,89 +1,20 @@
 """tools/tokenize_vision.py: what is written, what is skipped, what is reused."""
 
-import io
 import json
 import os
 import tarfile
 
-import av
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from megatron_ext import vocab
 from megatron_ext.config import InputError
 from megatron_ext.data.sources import MediaSample, TokenizedFolder
-from megatron_ext.vision import (
-    MoVQGAN,
-    VisionTokenizerConfig,
-    from_uint8,
-    load_vision_tokenizer,
-    save_vision_tokenizer,
-    tokenize,
-)
-from megatron_ext.vision.shards import ShardWriter, TokenizedSample
+from megatron_ext.vision import from_uint8, load_vision_tokenizer, tokenize
+from megatron_ext.vision.shards import Chunk, CodesFolder, TokenizedSample
+from tests.unit.vision.tokenized import contents, skipped, tree
 from tools import tokenize_vision
-
-TINY = VisionTokenizerConfig(codebook_size=64, ch=32, ch_mult=(1, 1, 1), num_res_blocks=1, attn_resolutions=(2,))
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    torch.manual_seed(0)
-    model = MoVQGAN(TINY).eval()
-    with torch.no_grad():
-        latents = model.latents(torch.rand(2, 3, 16, 16) * 2 - 1)
-        model.quantize.embedding.weight.normal_().mul_(latents.std()).add_(latents.mean())
-    save_vision_tokenizer(model, tmp_path / "tokenizer")
-    return tmp_path / "tokenizer"
-
-
-@pytest.fixture
-def media(tmp_path):
-    folder = tmp_path / "media"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for key, size in {"a": (32, 32), "b": (32, 48), "c": (32, 32), "e": (40, 40)}.items():
-        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{key}.png")
-        (folder / f"{key}.txt").write_text(f"Picture {key}.")
-    (folder / "a.json").write_text(json.dumps({"caption_zh": "图片"}), encoding="utf-8")
-    (folder / "d.jpg").write_bytes(b"damaged")
-    with av.open(str(folder / "v.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.height, stream.width, stream.pix_fmt = 32, 32, "bgr0"
-        for _ in range(9):
-            frame = av.VideoFrame.from_ndarray(random.integers(0, 255, (32, 32, 3), dtype=np.uint8), format="rgb24")
-            container.mux(stream.encode(frame.reformat(format="bgr0")))
-        container.mux(stream.encode(None))
-    return folder
-
-
-@pytest.fixture
-def arguments(media, tokenizer, tmp_path):
-    return [
-        f"--inputs=[{media}]",
-        f"--tokenizer={tokenizer}",
-        f"--output={tmp_path / 'codes'}",
-        "--resize.min_pixels=1024",
-        "--resize.max_pixels=2048",
-        "--batch_size=2",
-        "--max_bad_fraction=0.4",
-        "--device=cpu",
-    ]
-
-
-def contents(folder):
-    """All samples of the shards: key -> (codes, fields)."""
-    found = {}
-    for name in sorted(folder.glob("*.tar")):
-        with tarfile.open(name) as tar:
-            files = {member.name: tar.extractfile(member).read() for member in tar}
-        for file, content in files.items():
-            if file.endswith(".json"):
-                key = file.removesuffix(".json")
-                found[key] = (np.load(io.BytesIO(files[f"{key}.codes.npy"])), json.loads(content))
-    return found
 
 
 def test_codes_are_those_of_the_tokenizer(arguments, media, tokenizer, tmp_path, capsys):
@@ -107,7 +38,8 @@ def test_codes_are_those_of_the_tokenizer(arguments, media, tokenizer, tmp_path,
     assert manifest["format_version"] == 1 and manifest["vision_tokenizer"] == model.identity
     assert (manifest["codebook_size"], manifest["spatial_factor"], manifest["temporal_factor"]) == (64, 4, 4)
     assert manifest["samples"] == {"image": 4, "video": 1}
-    assert [item["key"] for item in manifest["skipped"]] == ["d"]
+    assert (manifest["skipped"], manifest["without_captions"]) == (1, 1)
+    assert list(skipped(tmp_path / "codes")) == ["d"]
     assert "not a readable picture" in capsys.readouterr().out
 
 
@@ -122,7 +54,7 @@ def test_tars_give_the_codes_of_folders(arguments, media, tmp_path):
     assert all(np.array_equal(folder[key][0], shard[key][0]) for key in folder)
 
 
-def test_a_name_that_is_not_utf8_is_skipped_and_named(arguments, media, tmp_path, capsys):
+def test_a_name_that_is_not_utf8_is_spelt_in_the_key(arguments, media, tmp_path):
     os.rename(media / "b.png", os.fsencode(media / "b") + b"\xe9.png")
     with tarfile.open(tmp_path / "media.tar", "w") as tar:
         for path in sorted(media.iterdir()):
@@ -130,12 +62,10 @@ def test_a_name_that_is_not_utf8_is_skipped_and_named(arguments, media, tmp_path
     for source in (media, tmp_path / "media.tar"):
         output = tmp_path / f"codes_{source.name}"
         tokenize_vision.main([*arguments, f"--inputs=[{source}]", f"--output={output}"])
-        assert list(contents(output)) == ["a", "c", "e", "v"]
-        skipped = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["skipped"]
-        assert [item["key"] for item in skipped] == ["b\\xe9", "d"]
-        assert "name is not UTF-8" in skipped[0]["reason"] and skipped[0]["source"].endswith("b\\xe9.png")
-        printed = capsys.readouterr().out
-        assert printed.count("skipped ") == 2 and "b\\xe9.png: its name is not UTF-8" in printed
+        found = contents(output)
+        assert list(found) == ["a", "b\\xe9", "c", "e", "v"]
+        assert found["b\\xe9"][1]["source"].endswith("b\\xe9.png") and found["b\\xe9"][1]["captions"] == []
+        assert "b\\xe9" in {sample.key for sample in TokenizedFolder.open(output).samples()}
 
 
 def test_waiting_pixels_are_bounded(arguments, tmp_path, monkeypatch):
@@ -152,22 +82,21 @@ def test_waiting_pixels_are_bounded(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(tokenize, "_encode", recorded)
     tokenize_vision.main(arguments)
     assert batches == [["a", "c"], ["v"], ["b"], ["e"]]
-    for name in ("codes-00000.tar", "manifest.json"):
-        assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert tree(tmp_path / "codes") == tree(tmp_path / "whole")
 
 
 def test_a_caption_that_is_not_unicode_is_skipped_by_name(arguments, media, tmp_path):
     (media / "a.json").write_text('{"caption_zh": "half \\ud83d"}')
     tokenize_vision.main(arguments)
-    skipped = json.loads((tmp_path / "codes/manifest.json").read_text())["skipped"]
-    assert [item["key"] for item in skipped] == ["a", "d"] and "surrogates not allowed" in skipped[0]["reason"]
+    reasons = skipped(tmp_path / "codes")
+    assert list(reasons) == ["a", "d"] and "surrogates not allowed" in reasons["a"]
 
 
 def test_too_many_bad_samples_stop_and_the_work_before_them_stays(arguments, media, tmp_path, capsys):
     strict = [*arguments, "--shard_size=2", "--max_bad_fraction=0.16"]
     with pytest.raises(InputError, match=r"1 of 6 samples .* max_bad_fraction 0.16 \(.*d.jpg: not a readable picture"):
         tokenize_vision.main(strict)
-    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"codes-00000.tar", "manifest.partial.json"}
+    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"codes-00000-00000.tar", "finished"}
     lenient = [*strict, "--max_bad_fraction=0.17"]
     tokenize_vision.main(lenient)
     printed = capsys.readouterr().out
@@ -180,22 +109,25 @@ def test_too_many_bad_samples_stop_and_the_work_before_them_stays(arguments, med
 def test_preprocessing_reads_what_is_written(tmp_path):
     rng = np.random.default_rng(0)
     picture, clip = rng.integers(0, 70_000, (2, 3)), rng.integers(0, 70_000, (4, 2, 3))
-    writer = ShardWriter(tmp_path, {"vision_tokenizer": "0123", "codebook_size": 70_000})
+    folder = CodesFolder(tmp_path, {"vision_tokenizer": "0123", "codebook_size": 70_000})
     facts = {"source": "x", "source_sha256": "0" * 64}
-    writer.write(
+    bee, dotted, clock = "sub/b", "sub.d/100%.v2", "v"  # a manifest's keys may have dots
+    folder.write(
+        Chunk(part=0, number=0, count=1, inputs_sha256="0"),
         [
-            TokenizedSample(key="sub/b", kind="image", codes=picture, captions=("A bee.", "一只蜜蜂。"), **facts),
+            TokenizedSample(key=bee, kind="image", codes=picture, captions=("A bee.", "一只蜜蜂。"), **facts),
+            TokenizedSample(key=dotted, kind="image", codes=picture, captions=("Two.",), **facts),
             TokenizedSample(
-                key="v", kind="video", codes=clip, captions=(), frame_rate_mhz=4000, duration_ms=3750, **facts
+                key=clock, kind="video", codes=clip, captions=(), frame_rate_mhz=4000, duration_ms=3750, **facts
             ),
         ],
         [],
-        2,
     )
-    writer.finish()
+    folder.complete(folder.records(1))
     assert list(TokenizedFolder.open(tmp_path).samples()) == [
-        MediaSample("sub/b", vocab.Image(picture), ("A bee.", "一只蜜蜂。")),
-        MediaSample("v", vocab.Video(clip, 4000, 3750), ()),
+        MediaSample(bee, vocab.Image(picture), ("A bee.", "一只蜜蜂。")),
+        MediaSample(dotted, vocab.Image(picture), ("Two.",)),
+        MediaSample(clock, vocab.Video(clip, 4000, 3750), ()),
     ]
 
 
@@ -214,7 +146,7 @@ def test_unchanged_work_is_reused_and_changed_work_is_refused(arguments, media, 
     (media / "e.png").unlink()
     tokenize_vision.main([*arguments, "--overwrite=true"])
     assert list(contents(tmp_path / "codes")) == ["a", "b", "c", "v"]
-    (tmp_path / "codes/codes-00000.tar").write_bytes(b"damaged")
+    (tmp_path / "codes/codes-00000-00000.tar").write_bytes(b"damaged")
     tokenize_vision.main(arguments)
     assert list(contents(tmp_path / "codes")) == ["a", "b", "c", "v"]
 
@@ -224,23 +156,20 @@ def test_interrupted_work_goes_on(arguments, tmp_path, monkeypatch, capsys):
     tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
     original, calls = tokenize_vision.tokenize, []
 
-    def interrupted(block, *rest, **options):
-        calls.append([sample.key for sample in block])
+    def interrupted(decoded, *rest, **options):
+        calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return original(block, *rest, **options)
+        return original(decoded, *rest, **options)
 
     monkeypatch.setattr(tokenize_vision, "tokenize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         tokenize_vision.main(arguments)
     assert not (tmp_path / "codes/manifest.json").exists()
     tokenize_vision.main(arguments)
-    assert calls == [["a", "b"], ["c", "d"], ["c", "d"], ["e", "v"]]
+    assert len(calls) == 4
     assert "2 of 6 samples were done before" in capsys.readouterr().out
-    names = sorted(path.name for path in (tmp_path / "codes").iterdir())
-    assert names == ["codes-00000.tar", "codes-00001.tar", "codes-00002.tar", "manifest.json"]
-    for name in names:
-        assert (tmp_path / "codes" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert tree(tmp_path / "codes") == tree(tmp_path / "whole")
 
 
 def test_wrong_options_are_refused(arguments, media):

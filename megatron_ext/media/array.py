@@ -1,0 +1,49 @@
+"""Which shard of the work a job does: one process of many, each with its part of the same list of inputs."""
+
+import os
+
+from megatron_ext.config import InputError
+
+TASK_ID, TASK_FIRST, TASK_COUNT, TASK_STEP = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "COUNT", "STEP"))
+"""What Slurm sets in every task of a job array (sbatch(1), "OUTPUT ENVIRONMENT VARIABLES")."""
+
+
+def shard_of_job(shard_index: int | None, num_shards: int | None) -> tuple[int, int]:
+    """(index from 0, number of shards) from a program's options, else from Slurm's job array, else (0, 1).
+
+    Task ids may start anywhere and go in steps (`--array=3-11:4` has shards 0, 1, 2).
+
+    Raises:
+        InputError: one option without the other, an index outside the shards, or an array with holes
+            (`--array=1,5,6`), whose ids do not say which shard is whose.
+    """
+    if (shard_index is None) != (num_shards is None):
+        given, missing = ("shard_index", "num_shards") if num_shards is None else ("num_shards", "shard_index")
+        value = shard_index if num_shards is None else num_shards
+        raise InputError(f"{given} = {value} without {missing}: give both, or neither inside a job array")
+    if shard_index is None or num_shards is None:
+        if not os.environ.get(TASK_ID):
+            return 0, 1
+        shard_index, num_shards = _shard_of_array()
+    if num_shards < 1 or not 0 <= shard_index < num_shards:
+        raise InputError(
+            f"shard_index = {shard_index}, num_shards = {num_shards}: shards are numbered from 0 to num_shards - 1"
+        )
+    return shard_index, num_shards
+
+
+def _shard_of_array() -> tuple[int, int]:
+    try:
+        task, first, count = (int(os.environ[name]) for name in (TASK_ID, TASK_FIRST, TASK_COUNT))
+        step = int(os.environ.get(TASK_STEP) or 1)
+    except (KeyError, ValueError):
+        raise InputError(
+            f"{TASK_ID} is set, but {TASK_FIRST} and {TASK_COUNT} are no numbers: give shard_index and num_shards"
+        ) from None
+    shard, rest = divmod(task - first, max(step, 1))
+    if rest or not 0 <= shard < count:
+        raise InputError(
+            f"{TASK_ID} = {task} of an array of {count} tasks from {first}: tasks must follow each other "
+            f"(--array=0-{count - 1}), or give shard_index and num_shards"
+        )
+    return shard, count

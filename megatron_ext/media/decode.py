@@ -1,0 +1,92 @@
+"""From a sample to the pixels that a vision tokenizer takes: read, decoded, brought to size.
+
+Shapes: T frames, H W pixels, C colour channels.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_ext.config import InputError
+from megatron_ext.media.clips import decode_clip
+from megatron_ext.media.pictures import decode_picture
+from megatron_ext.media.resize import ResizeConfig, resize
+from megatron_ext.media.samples import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """Which frames of a clip are encoded."""
+
+    frame_rate: float | None = None
+    """Frames per second; null takes the clip's own rate."""
+
+    max_frames: int = 120
+    """Frames of a clip at most, from its start; the rest is cut down to a multiple of the temporal factor."""
+
+    def __post_init__(self) -> None:
+        if self.max_frames < 1 or (self.frame_rate is not None and self.frame_rate <= 0):
+            raise InputError(
+                f"clips: frame_rate = {self.frame_rate}, max_frames = {self.max_frames}: both must be positive"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodedSample:
+    """A sample as pixels of their final size."""
+
+    sample: Sample
+    frames: np.ndarray
+    """Uint8 [H, W, C] of a picture, [T, H, W, C] of a clip."""
+
+    captions: tuple[str, ...]
+    sha256: str
+    """Of the encoded picture or clip."""
+
+    clip_fields: dict[str, int]
+    """frame_rate_mhz and duration_ms of a clip; empty for a picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Decodes samples for one tokenizer; small enough to be sent to other processes."""
+
+    resize: ResizeConfig
+    clips: ClipConfig
+    spatial_factor: int
+    """Sides are multiples of it."""
+
+    temporal_factor: int
+    """The number of a clip's frames is a multiple of it."""
+
+    def __call__(self, sample: Sample) -> DecodedSample:
+        """Read, decode and resize.
+
+        Raises:
+            MediaError: the sample cannot be used.
+        """
+        data = sample.media.read()
+        clip_fields = {}
+        if sample.kind == "image":
+            frames = self._fit(decode_picture(data))
+        else:
+            clip = decode_clip(
+                data,
+                frame_rate=self.clips.frame_rate,
+                max_frames=self.clips.max_frames,
+                multiple=self.temporal_factor,
+                resize=self._fit,
+            )
+            frames = clip.frames_THWC
+            clip_fields = {"frame_rate_mhz": clip.frame_rate_mhz, "duration_ms": clip.duration_ms}
+        return DecodedSample(
+            sample=sample,
+            frames=frames,
+            captions=sample.captions(),
+            sha256=hashlib.sha256(data).hexdigest(),
+            clip_fields=clip_fields,
+        )
+
+    def _fit(self, frame_HWC: np.ndarray) -> np.ndarray:
+        return resize(frame_HWC, self.resize, self.spatial_factor)

@@ -1,0 +1,186 @@
+"""Tables that name one picture or clip per row: JSON lines or Parquet, as curation and captioning write them.
+
+| column | |
+|---|---|
+| `path` | the file, or the tar that holds it; relative to the manifest's folder, or else to the current one |
+| `key` | what the sample is called; without it the path up to the first dot of its last part |
+| `caption`, `captions` (a list), `caption_*` | captions; without any, those of KEY.txt and KEY.json beside a file |
+| `offset`, `size` | the bytes of the sample inside a tar |
+| `kind` | image or video; without it the suffix of `source` or `path` says it |
+| `source` | where the sample is, for people |
+| `verdict` | curation's: rows that are not `kept` are left out |
+
+Other columns are passed over. Rows stay in their order.
+"""
+
+import functools
+import json
+import os
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_ext.config import InputError
+from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, captions_in
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MANIFESTS = ("jsonl", "ndjson", "parquet")
+"""Suffixes of manifests."""
+
+KEPT = "kept"
+"""The verdict of what curation keeps."""
+
+_COLUMNS = ("path", "key", "captions", "offset", "size", "kind", "source", "verdict")
+
+
+def open_manifest(path: Path) -> "JsonManifest | ParquetManifest":
+    """Raises InputError: it cannot be read, or is a Parquet file without a column `path`."""
+    try:
+        return ParquetManifest(path) if path.suffix == ".parquet" else JsonManifest(path)
+    except OSError as error:
+        raise InputError(f"cannot read manifest {path}: {error.strerror or error}") from None
+
+
+class JsonManifest:
+    """One JSON object per line."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._starts = array("q", [0])
+        with path.open("rb") as file:
+            for line in file:
+                self._starts.append(self._starts[-1] + len(line))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def entries(self, first: int, stop: int) -> list[Sample | Fault]:
+        """What rows `first` to `stop` - 1 name."""
+        with self._path.open("rb") as file:
+            file.seek(self._starts[first])
+            lines = [file.readline() for _ in range(first, min(stop, len(self)))]
+        found = (
+            _entry(self._path, number, _object(line)) for number, line in enumerate(lines, first + 1) if line.strip()
+        )
+        return [entry for entry in found if entry is not None]
+
+
+class ParquetManifest:
+    """One row per sample; a row group is in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow  # here: only who reads Parquet needs it
+        import pyarrow.parquet
+
+        self._path = path
+        try:
+            self._file = pyarrow.parquet.ParquetFile(path)
+        except pyarrow.ArrowInvalid as error:
+            raise InputError(f"cannot read manifest {path}: {' '.join(str(error).split())}") from None
+        names = self._file.schema_arrow.names
+        if "path" not in names:
+            raise InputError(f"manifest {path} has no column path; it has {', '.join(names)}")
+        self._columns = [name for name in names if name in _COLUMNS or name.startswith("caption")]
+        metadata = self._file.metadata
+        self._groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        self._held: tuple[int, pyarrow.Table] | None = None
+
+    def __len__(self) -> int:
+        return sum(self._groups)
+
+    def entries(self, first: int, stop: int) -> list[Sample | Fault]:
+        """What rows `first` to `stop` - 1 name."""
+        found, start = [], 0
+        for number, count in enumerate(self._groups):
+            low, high = max(first - start, 0), min(stop - start, count)
+            if low < high:
+                rows = self._group(number).slice(low, high - low).to_pylist()
+                found += (_entry(self._path, row, fields) for row, fields in enumerate(rows, start + low + 1))
+            start += count
+        return [entry for entry in found if entry is not None]
+
+    def _group(self, number: int) -> "pyarrow.Table":
+        if self._held is None or self._held[0] != number:
+            self._held = (number, self._file.read_row_group(number, columns=self._columns))
+        return self._held[1]
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(line.decode("utf-8"))
+    except ValueError:  # of which UnicodeDecodeError and JSONDecodeError are kinds
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _entry(manifest: Path, row: int, fields: Mapping[str, Any] | None) -> Sample | Fault | None:
+    """What a row names; None where curation dropped it."""
+    place = _printable(f"{manifest}#{row}")
+    if fields is None:
+        return Fault(key=place, source=place, reason="the row is no JSON object in UTF-8")
+    if (fields.get("verdict") or KEPT) != KEPT:
+        return None
+    name = fields.get("path")
+    if not isinstance(name, str) or not name:
+        return Fault(key=place, source=place, reason="the row has no string in column path")
+    key = fields.get("key")
+    key = key if isinstance(key, str) and key else _key_of(name)
+    source = _printable(fields.get("source") or name)
+    kind = fields.get("kind") or KINDS.get(source.rpartition(".")[2].lower())
+    key = _printable(key)
+    if kind not in ("image", "video"):
+        reason = f"neither column kind nor the suffix says whether it is a picture or a clip ({place})"
+        return Fault(key=key, source=source, reason=reason)
+    captions = tuple(map(_printable, captions_in(fields)))
+    try:
+        media, beside = _extents(_find(manifest.parent, name), fields, bool(captions))
+    except (OSError, TypeError, ValueError) as error:  # ValueError: also a NUL or half a surrogate pair in a path
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        return Fault(key=key, source=source, reason=f"cannot be read ({reason}; {place})")
+    return Sample(key=key, kind=kind, source=source, media=media, **beside, given=captions)
+
+
+def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple[Extent, dict[str, Extent | None]]:
+    """The bytes of a row's picture or clip, and of the captions beside it where the row has none."""
+    beside: dict[str, Extent | None] = {"text": None, "fields": None}
+    offset, size = fields.get("offset"), fields.get("size")
+    if offset is not None and size is not None:
+        if int(offset) < 0 or int(size) < 0:
+            raise ValueError(f"offset {offset}, size {size}")
+        return Extent(path=path, offset=int(offset), size=int(size), stamp=_stamp(path)), beside
+    if not has_captions:
+        stem = path.name.partition(".")[0]
+        for role, suffix in (("text", "txt"), ("fields", "json")):
+            file = path.with_name(f"{stem}.{suffix}")
+            beside[role] = _whole(file) if file.is_file() else None
+    return _whole(path), beside
+
+
+def _printable(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _key_of(name: str) -> str:
+    folder, _, last = name.rpartition("/")
+    stem = last.partition(".")[0]
+    return f"{folder}/{stem}".lstrip("./") if folder else stem
+
+
+def _find(folder: Path, name: str) -> Path:
+    beside = folder / name
+    return beside if beside.exists() else Path(name)
+
+
+def _whole(path: Path) -> Extent:
+    status = path.stat()
+    return Extent(path=path, offset=0, size=status.st_size, stamp=status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _stamp(path: Path) -> int:
+    """Thousands of rows name one tar."""
+    return os.stat(path).st_mtime_ns

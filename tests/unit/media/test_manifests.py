@@ -1,0 +1,115 @@
+"""Tables that name samples: JSON lines and Parquet."""
+
+import json
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_ext.config import InputError
+from megatron_ext.media import Fault, build_index, list_samples, listing_of, parts_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("sub/a.jpg", "b.jpg", "c.v2.png"):
+        (tmp_path / name).write_bytes(f"picture {name}".encode())
+    (tmp_path / "b.txt").write_text("Beside.")
+    (tmp_path / "b.json").write_text('{"caption_zh": "旁边"}', encoding="utf-8")
+    with tarfile.open(tmp_path / "m.tar", "w") as tar:
+        tar.add(tmp_path / "b.jpg", "inside.jpg")
+    return tmp_path
+
+
+def rows(folder):
+    with tarfile.open(folder / "m.tar") as tar:
+        offset = tar.getmember("inside.jpg").offset_data
+    place = {"path": str(folder / "m.tar"), "source": f"{folder / 'm.tar'}:inside.jpg", "offset": offset, "size": 13}
+    return [
+        {"path": "sub/a.jpg", "key": "first", "caption": "A.", "caption_zh": "甲", "verdict": "kept"},
+        {"path": "b.jpg"},
+        {"path": "b.jpg", "verdict": "dropped"},
+        {**place, "key": "in tar", "captions": ["One.", "Two."], "kind": "image"},
+        {"path": "c.v2.png", "captions": []},
+        {"path": "gone.jpg"},
+        {"path": "b.txt"},
+        {"key": "no path"},
+    ]
+
+
+def write_json(folder):
+    path = folder / "rows.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows(folder)]
+    path.write_text("\n".join(lines) + "\n\n{broken\n", encoding="utf-8")
+    return path
+
+
+def write_parquet(folder):
+    path = folder / "rows.parquet"
+    names = ("path", "key", "kind", "source", "caption", "caption_zh", "verdict")
+    columns = {name: pa.array([row.get(name) for row in rows(folder)], pa.string()) for name in names}
+    columns |= {name: pa.array([row.get(name) for row in rows(folder)], pa.int64()) for name in ("offset", "size")}
+    columns["captions"] = pa.array([row.get("captions") for row in rows(folder)], pa.list_(pa.string()))
+    columns["score"] = pa.array([0.5] * len(rows(folder)))
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+    return path
+
+
+@pytest.mark.parametrize("write", [write_json, write_parquet])
+def test_rows_name_samples(folder, write):
+    path = write(folder)
+    [part] = parts_of([path])
+    listing = listing_of(part)
+    entries = listing.entries(0, len(listing))
+    samples = [entry for entry in entries if not isinstance(entry, Fault)]
+    assert [sample.key for sample in samples] == ["first", "b", "in tar", "c"]
+    assert [sample.media.read() for sample in samples] == [
+        b"picture sub/a.jpg",
+        b"picture b.jpg",
+        b"picture b.jpg",
+        b"picture c.v2.png",
+    ]
+    assert [sample.captions() for sample in samples] == [("A.", "甲"), ("Beside.", "旁边"), ("One.", "Two."), ()]
+    assert samples[2].source.endswith("m.tar:inside.jpg") and {sample.kind for sample in samples} == {"image"}
+    faults = [(entry.key, entry.reason) for entry in entries if isinstance(entry, Fault)]
+    assert faults[0][0] == "gone" and "No such file" in faults[0][1] and f"{path}#6" in faults[0][1]
+    assert faults[1][0] == "b" and "neither column kind nor the suffix" in faults[1][1]
+    assert faults[2] == (f"{path}#8", "the row has no string in column path")
+    if write is write_json:
+        assert faults[3] == (f"{path}#10", "the row is no JSON object in UTF-8")
+    pieces = [entry for first in range(0, len(listing), 2) for entry in listing.entries(first, first + 2)]
+    assert pieces == entries
+
+
+def test_what_no_manifest_can_hold(folder):
+    path = folder / "rows.jsonl"
+    path.write_text(
+        '{"path": "sub/a.jpg", "key": "half \\ud83d", "caption": "\\ud83d"}\n'
+        '{"path": "a\\u0000.jpg"}\n{"path": "b.jpg", "offset": -1, "size": 3}\n[1]\n'
+    )
+    [part] = parts_of([path])
+    sample, *faults = listing_of(part).entries(0, 4)
+    assert (sample.key, sample.captions()) == ("half \\ud83d", ("\\ud83d",))
+    assert [fault.reason.partition(" (")[0] for fault in faults[:2]] == ["cannot be read"] * 2
+    assert "no JSON object" in faults[2].reason
+
+
+def test_bad_manifests_are_refused(folder, tmp_path):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(b"no parquet")
+    with pytest.raises(InputError, match=r"cannot read manifest .*x.parquet"):
+        list_samples([path])
+    pq.write_table(pa.table({"url": ["x"]}), path)
+    with pytest.raises(InputError, match=r"x.parquet has no column path; it has url"):
+        list_samples([path])
+    with pytest.raises(InputError, match=r"rows.jsonl' is a manifest"):
+        build_index([str(write_json(folder))], None, lambda *_: None)
+
+
+def test_a_pattern_takes_manifests_only_by_their_suffix(folder):
+    write_parquet(folder)
+    assert [part.layout for part in parts_of([folder / "*"])] == ["media", "tar", "folder"]
+    assert [part.layout for part in parts_of([folder / "*.parquet"])] == ["manifest"]
+    assert len(parts_of([folder / "*.tar", folder / "m.tar", folder / "b.jpg", folder / "c.v2.png"])) == 2

@@ -1,0 +1,63 @@
+"""Items through other processes: order, faults, deaths."""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_ext.media import MediaError
+from megatron_ext.media.workers import ATTEMPTS, WorkerPool
+
+
+@dataclass(frozen=True)
+class Square:
+    """Squares; a negative number is unusable, 13 a bug, 7 kills the process each time, 5 the first time only."""
+
+    folder: Path
+
+    def __call__(self, number: int) -> tuple[int, int]:
+        if number < 0:
+            raise MediaError("negative")
+        if number == 13:
+            raise KeyError("thirteen")
+        deaths = self.folder / str(number)
+        if number == 7 or (number == 5 and not deaths.exists()):
+            with deaths.open("a") as file:
+                file.write("died ")
+            os.kill(os.getpid(), signal.SIGKILL)
+        print("not a result")  # as libraries do
+        time.sleep(0.01 * (number % 3))
+        return number * number, os.getpid()
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_results_are_in_order(tmp_path, count, capfd):
+    with WorkerPool(Square(tmp_path), count) as pool:
+        results = list(pool.map(iter([4, 3, -1, 2, 1, 0])))
+        assert str(results.pop(2)) == "negative"
+        assert [square for square, _ in results] == [16, 9, 4, 1, 0]
+        processes = {process for _, process in results}
+        assert processes <= (set(pool.process_ids) or {os.getpid()})
+
+
+def test_a_process_that_dies_is_replaced_and_what_kills_each_is_given_up(tmp_path):
+    with WorkerPool(Square(tmp_path), 2) as pool:
+        before = set(pool.process_ids)
+        first, second, third, fourth = pool.map([3, 5, 7, 4])
+        assert (first[0], second[0], fourth[0]) == (9, 25, 16)
+        assert isinstance(third, MediaError) and str(third) == f"{ATTEMPTS} processes died over it (signal SIGKILL)"
+        assert (tmp_path / "5").read_text() == "died " and (tmp_path / "7").read_text() == "died " * ATTEMPTS
+        assert len(before & set(pool.process_ids)) <= 1
+        pids = pool.process_ids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_bug_is_no_unusable_item(tmp_path):
+    with (
+        WorkerPool(Square(tmp_path), 1) as pool,
+        pytest.raises(RuntimeError, match=r"(?s)worker process.*KeyError: 'thirteen'"),
+    ):
+        list(pool.map([1, 13]))
