@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # One thread per process: the multi-rank tests would otherwise fight for the cores. The quickstart sets its own.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 
-.PHONY: help check build test test-gpu mutants quickstart clean
+.PHONY: help check build test test-gpu test-slurm mutants quickstart clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,6 +24,9 @@ test: $(INSTALLED) ## all CPU tests
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@nvidia-smi -L || { echo "error: make test-gpu needs a GPU; nvidia-smi finds none" >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu
+
+test-slurm: $(INSTALLED) ## the scripts in slurm/ under a real Slurm, which this starts and ends
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m slurm tests/slurm
 
 mutants: $(INSTALLED) ## plant known bugs one by one: does a test catch each? ONLY='part of a name' picks some
 	$(BIN)/python -m tests.mutants $(if $(ONLY),"$(ONLY)")

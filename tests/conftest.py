@@ -25,3 +25,13 @@ def pytest_make_collect_report(collector):
     report = yield
     _skip_is_failure(report)
     return report
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium, see tests/support/browser.py."""
+    from tests.support.browser import Browser
+
+    browser = Browser()
+    yield browser
+    browser.close()

@@ -1,40 +1,55 @@
-"""What is in an indexed dataset, and what a training step reads of it.
+"""What is in indexed datasets, and what a training step reads of them.
 
-python tools/inspect_data.py --prefix PREFIX
-    counts and lengths; with --seq_length how it packs; with --document N one document; with --validate true whether
-    every document is one and every file is what the manifest says
+python tools/inspect_data.py --prefix PREFIX [--seq_length 5120] [--output DIR --vision_tokenizer DIR]
+    a table: documents, ids by kind, lengths, how they pack; with --output a page to look at (DIR/index.html): documents
+    with their pictures, windows as packed; with --document N one document
+python tools/inspect_data.py --blend PRETRAINING.yaml [...]
+    the same for all datasets of a pretraining configuration, with their shares, packed as it packs them
+python tools/inspect_data.py --prefix PREFIX --validate true
+    hold every document against the grammar, and the files against their manifests; names the first that are wrong
 python tools/inspect_data.py --config PRETRAINING.yaml --step N [--output DIR --vision_tokenizer DIR]
     the exact windows of optimizer step N of a run: documents, pictures, weights of labels, padding, cuts;
     --step N --help lists the options, which are pretrain_emu3.py's and a few more
 """
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.table import Table
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate as validate_config
-from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, build_data
+from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, PackedDataset, build_data
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
+from megatron_ext.data.survey import COUNTED_IDS, count_ids, default_workers, judge
+from megatron_ext.observe.dataset_page import DatasetPage, Surveyed
+from megatron_ext.observe.painter import Painter
 from megatron_ext.observe.progress import progress
-from megatron_ext.vocab import Grammar, Vocabulary, decode_document
+from megatron_ext.vision import MoVQGAN
+from megatron_ext.vocab import Vocabulary, decode_document
 
-_MOST_VIOLATIONS = 20
+MUCH = 1 << 28
+"""Ids whose counting takes long enough to be told of."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectConfig:
-    """Describe an indexed dataset; with --step N, the windows of a training step instead (--step N --help)."""
+    """Describe indexed datasets; with --step N, the windows of a training step instead (--step N --help)."""
 
-    prefix: str
-    """Path of the dataset without suffix."""
+    prefix: str | tuple[str, ...] = ()
+    """Path of a dataset without suffix, or a list of them."""
+
+    blend: str | None = None
+    """Instead of prefix: a pretraining configuration, whose data.train is described and packed as it says."""
 
     seq_length: int | None = None
     """Pack into windows of this many ids and report their fill, and the documents that do not fit."""
@@ -51,9 +66,26 @@ class InspectConfig:
     validate: bool = False
     """Check every document with the grammar, and the files with the manifest."""
 
+    workers: int | None = None
+    """Threads that read the documents; empty takes one per core."""
+
+    output: str | None = None
+    """Folder for a page (index.html) of documents, pictures and windows."""
+
+    vision_tokenizer: str | None = None
+    """Folder of the vision tokenizer of the data: pictures of the page are decoded with it."""
+
+    documents_shown: int = 24
+    """Documents of each dataset on the page, evenly spread."""
+
+    windows_shown: int = 16
+    """Windows of each dataset on the page, evenly spread."""
+
     @property
-    def rules(self) -> PackingRules:
-        """How to pack."""
+    def rules(self) -> PackingRules | None:
+        """How to pack; None: not at all."""
+        if self.seq_length is None:
+            return None
         return PackingRules(
             seq_length=self.seq_length,
             alignment=self.document_alignment,
@@ -103,46 +135,138 @@ def show_document(dataset: DocumentDataset, number: int) -> list[str]:
     ]
 
 
-def validate(dataset: DocumentDataset) -> None:
+def validate(dataset: DocumentDataset, workers: int) -> None:
     """Check files and documents.
 
     Raises:
         InputError: a document that is none (the lines before it name the first of them, position and reason), or ids
             that are not the manifest's. The sidecar may be another file: rebuilt, it has other keys.
     """
-    intact_files = dataset.check_files()
-    for suffix, intact in intact_files.items():
-        print(f"  {suffix:<11} {'as the manifest says' if intact else 'NOT what the manifest says'}")
-    grammar = Grammar(dataset.vocabulary)
-    wrong = 0
-    with progress("validate", len(dataset), "documents", Console()) as advance:
-        for number in range(len(dataset)):
-            if violation := grammar.validate(dataset.ids(number)):
-                wrong += 1
-                if wrong <= _MOST_VIOLATIONS:
-                    key = dataset.sidecar.key(number)
-                    print(f"  document {number} ({key}) at position {violation.position}: {violation.reason}")
-            advance(1)
-    if wrong:
-        raise InputError(f"{dataset.prefix}: {wrong:,} of {len(dataset):,} documents are invalid: preprocess again")
+    with ThreadPoolExecutor(1) as beside:  # hashing takes one core, whatever else there is to read
+        intact = beside.submit(dataset.check_files)
+        with progress(f"validate {dataset.name}", dataset.manifest.num_ids, "ids", Console()) as advance:
+            judged = judge(dataset, workers, advance)
+        intact_files = intact.result()
+    for suffix, is_intact in intact_files.items():
+        print(f"  {suffix:<11} {'as the manifest says' if is_intact else 'NOT what the manifest says'}")
+    for offence in judged.first:
+        print(f"  {offence}")
+    if judged.wrong:
+        raise InputError(
+            f"{dataset.prefix}: {judged.wrong:,} of {len(dataset):,} documents are invalid: preprocess again"
+        )
     print(f"  all {len(dataset):,} documents are valid")
     for suffix in (".bin", ".idx"):
         if not intact_files[suffix]:
             raise InputError(f"{dataset.prefix}{suffix} is not what its manifest says: copy it again, or preprocess")
 
 
-def inspect_dataset(config: InspectConfig) -> None:
-    """Print what `config` asks for of a dataset."""
-    dataset = DocumentDataset.open(Path(config.prefix))
+@dataclass(frozen=True)
+class Asked:
+    """The datasets of the command line, and how they are packed."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...]
+    rules: PackingRules | None
+    cache_dir: str | None
+
+    @classmethod
+    def of(cls, config: InspectConfig) -> "Asked":
+        """Raises InputError: neither prefix nor blend, or both; a configuration without data."""
+        prefixes = (config.prefix,) if isinstance(config.prefix, str) else config.prefix
+        if bool(prefixes) == (config.blend is not None):
+            raise InputError("give prefix, the path of a dataset without suffix, or blend, a pretraining configuration")
+        if config.blend is None:
+            return cls(tuple(prefixes), (1.0,) * len(prefixes), config.rules, None)
+        run = load(RunConfig, ["--config", config.blend])
+        if not run.data.train:
+            raise InputError(f"{config.blend} names no dataset in data.train: add some")
+        rules = PackingRules(
+            seq_length=run.train.seq_length,
+            alignment=run.data.document_alignment,
+            shortest_cut=SHORTEST_CUT if run.data.cut_text_to_fill else 0,
+            seed=run.data.packing_seed,
+        )
+        blend = run.data.train
+        return cls(
+            tuple(part.prefix for part in blend), tuple(part.weight for part in blend), rules, run.data.cache_dir
+        )
+
+
+def survey(asked: Asked, datasets: Sequence[DocumentDataset], workers: int) -> list[Surveyed]:
+    """Count and pack the datasets. An index of theirs that training left is used; a new one is not kept."""
+    surveyed = []
+    names = [os.path.basename(prefix) for prefix in asked.prefixes]
+    names = names if len(set(names)) == len(names) else list(asked.prefixes)
+    for name, prefix, weight, dataset in zip(names, asked.prefixes, asked.weights, datasets, strict=True):
+        total = min(dataset.manifest.num_ids, COUNTED_IDS)
+        with progress(f"count {name}", total, "ids", Console(quiet=total < MUCH)) as advance:
+            counts = count_ids(dataset, workers, advance)
+        packed = None
+        if asked.rules is not None:
+            with tempfile.TemporaryDirectory() as kept_nowhere:
+                packed = PackedDataset(prefix, dataset.vocabulary, asked.rules, asked.cache_dir or kept_nowhere)
+        share = weight / sum(asked.weights)
+        surveyed.append(Surveyed(name=name, dataset=dataset, counts=counts, share=share, packed=packed))
+    return surveyed
+
+
+def inspect_datasets(config: InspectConfig) -> None:
+    """Print what `config` asks for of its datasets.
+
+    Raises:
+        InputError: no dataset, one that is not whole, the wrong vision tokenizer.
+    """
+    asked = Asked.of(config)
+    workers = config.workers or default_workers()
+    datasets = [DocumentDataset.open(Path(prefix)) for prefix in asked.prefixes]
     if config.document is not None:
-        print("\n".join(show_document(dataset, config.document)))
+        print("\n".join(show_document(datasets[0], config.document)))
         return
-    print("\n".join(dataset_report(dataset) + length_histogram(dataset.lengths)))
-    print(f"  vocabulary {dataset.manifest.vocabulary}\n  vision tokenizer {dataset.manifest.vision_tokenizer}")
-    if config.seq_length is not None:
-        print("\n".join(packing_report(dataset, config.rules)))
+    for dataset in datasets:
+        print("\n".join(dataset_report(dataset) + length_histogram(dataset.lengths)))
+        print(f"  vocabulary {dataset.manifest.vocabulary}\n  vision tokenizer {dataset.manifest.vision_tokenizer}")
+        if asked.rules is not None:
+            print("\n".join(packing_report(dataset, asked.rules)))
     if config.validate:
-        validate(dataset)
+        for dataset in datasets:
+            validate(dataset, workers)
+        return
+    surveyed = survey(asked, datasets, workers)
+    _print_table(surveyed)
+    if config.output is not None:
+        identities = {dataset.manifest.vision_tokenizer for dataset in datasets} - {None}
+        painter = Painter(_vision_tokenizer(config.vision_tokenizer, identities))
+        page = DatasetPage(surveyed, painter, documents=config.documents_shown, windows=config.windows_shown)
+        title = f"Data of {config.blend}" if config.blend else ", ".join(one.name for one in surveyed)
+        print(f"wrote {page.write(Path(config.output) / 'index.html', title)}")
+
+
+def _print_table(surveyed: Sequence[Surveyed]) -> None:
+    rows = [one.row() for one in surveyed]
+    table = Table(box=None, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if name == "dataset" else "right")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else value for value in row.values()))
+    Console(highlight=False, width=None if Console().is_terminal else 200).print(table)
+
+
+def _vision_tokenizer(folder: str | None, identities: Collection[str | None]) -> MoVQGAN | None:
+    """The vision tokenizer in `folder`, which must be the data's."""
+    if folder is None:
+        return None
+    from megatron_ext.runtime.device import choose_device
+    from megatron_ext.vision import load_vision_tokenizer
+
+    vision = load_vision_tokenizer(folder).to(choose_device(RuntimeConfig(), 0))
+    if {vision.identity} != set(identities):
+        made_by = ", ".join(sorted(map(str, identities))) or "none"
+        raise InputError(
+            f"vision_tokenizer {folder} is {vision.identity}, the data was made by {made_by}: "
+            "give the one that tokenized it"
+        )
+    return vision
 
 
 def inspect_step(config: InspectStepConfig) -> None:
@@ -227,17 +351,8 @@ def _write_page(
     identity: str | None,
 ) -> None:
     from megatron_ext.observe.step_page import StepPage
-    from megatron_ext.runtime.device import choose_device
-    from megatron_ext.vision import load_vision_tokenizer
 
-    vision = None
-    if config.vision_tokenizer is not None:
-        vision = load_vision_tokenizer(config.vision_tokenizer).to(choose_device(RuntimeConfig(), 0))
-        if vision.identity != identity:
-            raise InputError(
-                f"vision_tokenizer {config.vision_tokenizer} is {vision.identity}, the data was made by {identity}: "
-                "give the one that tokenized it"
-            )
+    vision = _vision_tokenizer(config.vision_tokenizer, [identity])
     facts = {
         "step": f"{config.step:,}",
         "windows": str(len(windows)),
@@ -254,7 +369,7 @@ def main(argv: list[str]) -> None:
     if any(word.partition("=")[0] == "--step" for word in argv):
         inspect_step(load(InspectStepConfig, argv, prog="inspect_data.py"))
     else:
-        inspect_dataset(load(InspectConfig, argv, prog="inspect_data.py"))
+        inspect_datasets(load(InspectConfig, argv, prog="inspect_data.py"))
 
 
 def cli() -> None:

@@ -18,7 +18,8 @@ from rich.table import Table
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
-from megatron_ext.observe.report import Report, curves, smooth
+from megatron_ext.observe.elements import Bar
+from megatron_ext.observe.report import COLORS, Report, curves, smooth
 from megatron_ext.observe.writers import duration, read_json_lines
 
 POINTS = 2000
@@ -175,8 +176,11 @@ def build_page(story: Story, config: RunReportConfig) -> Report:
     _add_speed(page, story, config)
     page.section("Starts", "What a start did after the checkpoint that the next one took up came again: lost steps.")
     page.table(STARTS, start_rows(story.starts))
-    page.section("Where the time went")
-    page.table(("", "time", "share"), cause_rows(story.account))
+    page.section("Where the time went", "From the first start to the last sign of life.")
+    account = story.account
+    parts = [(name, seconds, f"{seconds / account.elapsed:.0%}") for name, seconds in account.causes()]
+    page.bars([Bar(label="", parts=parts)])
+    page.table(("", "time", "share"), cause_rows(account))
     events = [event for start in story.starts for event in start.events if event["event"] in TOLD]
     page.section("Events", "" if events else "None but starts and saves.")
     if events:
@@ -203,12 +207,15 @@ def _add_losses(page: Report, story: Story, config: RunReportConfig) -> None:
         modalities = {"loss": "loss"}
     figure(modalities, "loss", f"Mean of {config.span} steps, single steps behind.", story.training)
     datasets = sorted(name for name in story.training[-1] if name.startswith("loss_dataset/"))
-    for first in range(0, len(datasets), 4):  # as many colours as a figure has
-        named = {name.removeprefix("loss_dataset/"): name for name in datasets[first : first + 4]}
+    for first in range(0, len(datasets), len(COLORS)):
+        named = {name.removeprefix("loss_dataset/"): name for name in datasets[first : first + len(COLORS)]}
         figure(named, "loss", "By dataset.", story.training)
     held_out = {"text": "valid_loss_text", "vision": "valid_loss_vision", "PSNR": "valid_psnr"}
     figure(held_out, "held out", "On what was held out.", story.evaluation)
     figure({"gradient norm": "grad_norm"}, "gradient norm", "Before clipping.", story.training, log_y=True)
+    groups = [name for name in story.training[-1] if name.startswith("grad_norm/")]
+    named = {name.removeprefix("grad_norm/"): name for name in groups}
+    figure(named, "gradient norm", "By kind of weight, before clipping.", story.training, log_y=True)
 
 
 def _add_speed(page: Report, story: Story, config: RunReportConfig) -> None:

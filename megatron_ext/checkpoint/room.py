@@ -2,17 +2,19 @@
 
 import shutil
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from megatron_ext.checkpoint.store import PARTIAL, STEP_FOLDER
 from megatron_ext.config.errors import InputError
+
+if TYPE_CHECKING:  # a job is checked where torch is not installed
+    from torch import nn
 
 OPTIMIZER_BYTES = 12
 """Per parameter, in every precision: master weight and two moments of Adam in 32 bits."""
 
 
-def checkpoint_bytes(model: nn.Module, tensor_parallel_size: int) -> int:
+def checkpoint_bytes(model: "nn.Module", tensor_parallel_size: int) -> int:
     """Size of one checkpoint of `model` (this rank's shard) with its optimizer, without some kilobytes of headers."""
     return sum(
         parameter.numel()

@@ -17,6 +17,10 @@ class ObserveConfig:
     tensorboard: bool = True
     """Write TensorBoard event files."""
 
+    wandb_project: str | None = None
+    """Weights & Biases project that also gets the metrics; its own environment variables (WANDB_MODE, WANDB_ENTITY,
+    WANDB_API_KEY) hold. Empty: not used, and not needed."""
+
     profile_step_start: int | None = None
     """First optimizer step to profile; traces go to RUN_DIR/profile/ for chrome://tracing or Perfetto."""
 

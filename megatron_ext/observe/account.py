@@ -5,6 +5,7 @@ steps that count; those that a start did after the checkpoint it left come again
 """
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,8 +47,10 @@ class Account:
     """While training stood still for checkpoints."""
     starting: float
     """From each start to where it went on: processes, data, weights."""
-    lost_and_other: float
-    """Steps that came again, waiting for the last save, and whatever else a start did that left no trace."""
+    steps_done_again: float
+    """Steps after the checkpoint that the next start took up, at the median of the steps that count."""
+    other: float
+    """Waiting for the last save, the step a kill cut short, and whatever else a start did that left no trace."""
     down: float
     """Between the end of a start and the next one."""
 
@@ -77,10 +80,13 @@ ENDINGS = {
 def starts_of(run_dir: str | Path) -> list[Start]:
     """The starts of a run, in order."""
     starts: list[Start] = []
+    in_queue = False
     for event in read_json_lines(Path(run_dir) / "events.jsonl"):
         if event["event"] == "start":
             starts.append(Start(began=event["time"], ranks=(event.get("environment") or {}).get("world_size")))
-        if not starts:
+        # A job's own notes, between the end of a start and the next one, are no signs of the first one's life.
+        in_queue = event["event"] in ("job_end", "job_start") or (in_queue and event["event"] != "start")
+        if not starts or in_queue:
             continue
         start = starts[-1]
         start.events.append(event)
@@ -111,7 +117,7 @@ def _close_previous(starts: list[Start], resume: dict[str, Any]) -> None:
 def account_of(starts: Sequence[Start], metrics: Sequence[dict[str, Any]]) -> Account:
     """Where the time of a run went, from its first start to its last sign of life."""
     if not starts:
-        return Account(elapsed=0, training=0, evaluation=0, saving=0, starting=0, lost_and_other=0, down=0)
+        return Account(elapsed=0, training=0, evaluation=0, saving=0, starting=0, steps_done_again=0, other=0, down=0)
     timing = [record.get("timing", {}) for record in metrics]
     training = sum(entry.get("step_seconds", 0.0) for entry in timing)
     evaluation = sum(entry.get("eval_seconds", 0.0) for entry in timing)
@@ -119,15 +125,19 @@ def account_of(starts: Sequence[Start], metrics: Sequence[dict[str, Any]]) -> Ac
     starting = sum(start.ready - start.began for start in starts if start.ready is not None)
     alive = sum(start.ended - start.began for start in starts)
     elapsed = starts[-1].ended - starts[0].began
-    lost_and_other = max(0.0, alive - training - evaluation - saving - starting)
+    untold = max(0.0, alive - training - evaluation - saving - starting)
+    steps = [entry["step_seconds"] for entry in timing if "step_seconds" in entry]
+    again = sum(start.forgotten for start in starts) * (statistics.median(steps) if steps else 0.0)
+    again = min(again, untold)
     return Account(
         elapsed=elapsed,
         training=training,
         evaluation=evaluation,
         saving=saving,
         starting=starting,
-        lost_and_other=lost_and_other,
-        down=max(0.0, elapsed - training - evaluation - saving - starting - lost_and_other),
+        steps_done_again=again,
+        other=untold - again,
+        down=max(0.0, elapsed - training - evaluation - saving - starting - untold),
     )
 
 

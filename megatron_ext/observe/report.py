@@ -23,8 +23,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 
-COLORS = ("#3f7fc4", "#d9742b", "#2c9c83", "#8f63c2")  # readable on white and on near-black
+from megatron_ext.observe.elements import Bar, Flow, Shown, Strip
+
+COLORS = ("#3f7fc4", "#d9742b", "#2c9c83", "#8f63c2", "#b8860b", "#c45a84")  # readable on white and on near-black
 INK = "#010203"  # stands for the page's text colour in figures; `Report.figure` replaces it
+
+KINDS = ("text", "image", "video", "interleaved", "structure", "visual")
+"""Names that always have the same colour; `report.html.jinja` says which."""
 
 Points = tuple[Sequence[float], Sequence[float]]
 """x and y of a curve."""
@@ -82,7 +87,7 @@ class Report:
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """A table; columns of numbers align right and get separators for thousands."""
         columns = range(len(header))
-        numeric = {i for i in columns if rows and all(isinstance(row[i], int | float) for row in rows)}
+        numeric = {i for i in columns if rows and all(_is_number(row[i]) for row in rows)}
         shown = [[_cell(cell) for cell in row] for row in rows]
         self._blocks.append({"kind": "table", "header": header, "rows": shown, "numeric": numeric})
 
@@ -101,12 +106,39 @@ class Report:
         ]
         self._blocks.append({"kind": "cards", "cards": shown})
 
+    def bars(self, bars: Sequence[Bar]) -> None:
+        """Bars of equal length, each divided into its parts, and a legend of the parts' names."""
+        names = dict.fromkeys(name for bar in bars for name, _, _ in bar.parts)
+        self._blocks.append({"kind": "bars", "bars": bars, "names": list(names)})
+
+    def strips(self, strips: Sequence[Strip]) -> None:
+        """Windows one under the other, and a legend."""
+        kinds = dict.fromkeys(part.kind for strip in strips for part in strip.parts)
+        self._blocks.append({"kind": "strips", "strips": strips, "names": list(kinds)})
+
+    def flows(self, flows: Sequence[Flow]) -> None:
+        """Documents one under the other; pictures become inline PNG."""
+        shown = [
+            {
+                "flow": flow,
+                "items": [
+                    {"kind": type(item).__name__.lower(), "item": item}
+                    | ({"source": _png(item.picture)} if isinstance(item, Shown) else {})
+                    for item in flow.items
+                ],
+            }
+            for flow in flows
+        ]
+        self._blocks.append({"kind": "flows", "flows": shown})
+
     def write(self, path: str | Path) -> Path:
         """Write the page; it needs no other file."""
         path = Path(path)
         source = resources.files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-        html = environment.from_string(source).render(title=self._title, lead=self._lead, blocks=self._blocks)
+        html = environment.from_string(source).render(
+            title=self._title, lead=self._lead, blocks=self._blocks, known=KINDS
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.partial")
         temporary.write_text(html, encoding="utf-8")
@@ -188,6 +220,7 @@ _STYLE = {
     "axes.grid": True,
     "grid.color": INK,
     "grid.alpha": 0.12,
+    "axes.formatter.min_exponent": 4,  # on a logarithmic axis 0.7, not 7 x 10^-1
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: the page's font, and a smaller file
@@ -207,6 +240,10 @@ def _png(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and value.endswith("%"))
 
 
 def _cell(value: Any) -> str:

@@ -14,6 +14,7 @@ from megatron_ext.config import writing
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
+from megatron_ext.observe.weights_and_biases import WeightsAndBiases
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
 from megatron_ext.runtime import Topology
 
@@ -28,7 +29,7 @@ class Run:
         self._observe = observe
         self.folder = Path(observe.run_dir)
         self.console = Console(quiet=not is_main, highlight=False)
-        self._writers: list[JsonLines | TensorBoard | ConsoleLines] = []
+        self._writers: list[JsonLines | TensorBoard | WeightsAndBiases | ConsoleLines] = []
         self._events: JsonLines | None = None
         self._config_yaml = config_yaml
         self._config = yaml.safe_load(config_yaml)
@@ -41,6 +42,8 @@ class Run:
             ]
             if observe.tensorboard:
                 self._writers.append(TensorBoard(self.folder / "tensorboard"))
+            if observe.wandb_project:
+                self._writers.append(WeightsAndBiases(observe.wandb_project, self.folder, self._config))
             self._events = JsonLines(self.folder / "events.jsonl")
 
     @classmethod
@@ -83,9 +86,9 @@ class Run:
             writer.write(metrics)
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
-        """Show the picture file at `path` under `name` in TensorBoard."""
+        """Show the picture file at `path` under `name` in TensorBoard, and in Weights & Biases."""
         for writer in self._writers:
-            if isinstance(writer, TensorBoard):
+            if isinstance(writer, TensorBoard | WeightsAndBiases):
                 writer.write_picture(name, path, step)
 
     def log_event(self, kind: str, **fields: Any) -> None:
@@ -140,5 +143,5 @@ class Run:
     def close(self) -> None:
         """Flush and close all files."""
         for writer in (*self._writers, self._events):
-            if isinstance(writer, JsonLines | TensorBoard):
+            if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
                 writer.close()

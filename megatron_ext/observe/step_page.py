@@ -12,17 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image as Picture
 from rich.console import Console
 
 from megatron_ext.data.loader import Loader
 from megatron_ext.data.report import describe_cut, describe_segment, describe_weights, excerpt
 from megatron_ext.data.step_windows import DocumentInWindow, StepWindow, documents_in_window
+from megatron_ext.observe.dataset_page import window_strip
+from megatron_ext.observe.painter import Painter
 from megatron_ext.observe.progress import progress
 from megatron_ext.observe.report import Card, Report
-from megatron_ext.vision import MoVQGAN, to_uint8
-from megatron_ext.vocab import Image, Text, Video, Vocabulary
+from megatron_ext.vision import MoVQGAN
+from megatron_ext.vocab import Text, Vocabulary
 
 PLACES = ("sample", "data_rank", "microbatch", "dataset", "window")
 LONGEST_TEXT = 400
@@ -37,7 +38,7 @@ class StepPage:
         self._folder = Path(folder)
         self._loader = loader
         self._vocabulary = vocabulary
-        self._vision = vision
+        self._painter = Painter(vision)
 
     def write(self, windows: Sequence[StepWindow], title: str, facts: Mapping[str, str]) -> Path:
         """Write all three; returns the page's path."""
@@ -68,6 +69,7 @@ class StepPage:
             f"Data rank {window.data_rank}, microbatch {window.microbatch}: window {window.window:,} of "
             f"{self._loader.dataset_names[window.dataset]}. Labels x weight: {describe_weights(window.weights_S)}.",
         )
+        page.strips([window_strip(packed, window.window)])
         rows, cards = [], []
         for number, document in enumerate(documents):
             piece = document.piece
@@ -88,20 +90,12 @@ class StepPage:
                 texts[place] = excerpt(self._vocabulary.text.decode(part.segment.ids), LONGEST_TEXT)
                 continue
             texts[place] = describe_segment(part.segment, self._vocabulary)
-            if self._vision is not None:
-                frames = self._draw(part.segment)
+            if self._painter.vision is not None:
+                frames = self._painter.frames(part.segment)
                 _write_strip(frames, self._folder / "pictures" / f"{name}-{number:03d}.png")
                 shown = {place: frames[0]} | ({f"{place}, last frame": frames[-1]} if len(frames) > 1 else {})
                 pictures |= {label: Picture.fromarray(frame_HWC) for label, frame_HWC in shown.items()}
         return Card(pictures=pictures, texts={"key": document.key, **texts}, badge=document.kind)
-
-    def _draw(self, media: Image | Video) -> np.ndarray:
-        """uint8 [T, H, W, C]: one picture per frame of codes, for a clip the first of those it stands for."""
-        codes = media.codes_HW[None] if isinstance(media, Image) else media.codes_THW
-        device = next(self._vision.parameters()).device
-        # One by one, as MoVQGAN.decode_chunks does, which would also draw the other pictures of each chunk.
-        frames = [self._vision.decode(torch.from_numpy(code_HW)[None].long().to(device))[0] for code_HW in codes]
-        return np.stack([to_uint8(pixels_CHW) for pixels_CHW in frames])
 
 
 def _write_strip(frames_THWC: np.ndarray, path: Path) -> None:

@@ -69,7 +69,7 @@ class TensorBoard:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
-        for name, value in _flat(record).items():
+        for name, value in flat(record).items():
             if name != "step" and isinstance(value, int | float):
                 self._opened().add_scalar(name, value, record["step"])
 
@@ -178,14 +178,15 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested names joined by `/`, tensors of one element as numbers."""
+    values = {}
     for name, value in record.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}/"))
+            values.update(flat(value, f"{prefix}{name}/"))
         else:
-            flat[prefix + name] = value.item() if hasattr(value, "item") else value
-    return flat
+            values[prefix + name] = value.item() if hasattr(value, "item") else value
+    return values
 
 
 def _number(value: Any) -> str:

@@ -16,6 +16,7 @@ from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.validate import precision_fault, schedule_fault
 from megatron_ext.model import Emu3Model
+from megatron_ext.optim.gradient_groups import GradientGroups
 from megatron_ext.optim.schedule import learning_rate
 from megatron_ext.runtime import Topology
 
@@ -34,11 +35,18 @@ class Optimizer:
     """The decoder wrapped for gradient reduction, its optimizer and its schedule."""
 
     def __init__(
-        self, optim: OptimConfig, model: DistributedDataParallel, inner: MegatronOptimizer, steps: int
+        self,
+        optim: OptimConfig,
+        model: DistributedDataParallel,
+        inner: MegatronOptimizer,
+        groups: GradientGroups,
+        steps: int,
     ) -> None:
         self.optim = optim
         self.model = model
         self.inner = inner
+        self.groups = groups
+        """Norms of parts of the gradient, to be asked between `gradient_norm` and `apply`."""
         self.decay_steps = optim.lr_decay_steps or steps
 
     def zero_grad(self) -> None:
@@ -134,4 +142,4 @@ def build_optimizer(
     inner = get_megatron_optimizer(config, [wrapped])
     model.config.finalize_model_grads_func = finalize_model_grads
     model.config.no_sync_func = wrapped.no_sync
-    return Optimizer(optim, wrapped, inner, steps)
+    return Optimizer(optim, wrapped, inner, GradientGroups(wrapped, inner, topology), steps)

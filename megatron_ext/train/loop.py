@@ -112,6 +112,7 @@ class Trainer:
         fault = fault_of((losses["loss"], grad_norm), state.measured, self.resilience)
         if fault is not None and (elsewhere := self._after_bad_step(state, fault)) is not None:
             return elsewhere
+        group_norms = self.optimizer.groups.norms()
         learning_rate = self.optimizer.learning_rate(state.step + 1)
         if fault is None:
             self.optimizer.apply(state.step + 1, grad_norm)
@@ -125,6 +126,7 @@ class Trainer:
                 "step": state.step,
                 **losses,
                 "grad_norm": grad_norm,
+                **{f"grad_norm/{group}": norm for group, norm in group_norms.items()},
                 "learning_rate": learning_rate,
                 **({"skipped": 1} if fault is not None else {}),
                 "global_batch_size": samples,

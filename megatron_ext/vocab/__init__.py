@@ -14,6 +14,7 @@ from megatron_ext.vocab.document import (
 )
 from megatron_ext.vocab.grammar import Grammar, State, Violation
 from megatron_ext.vocab.layout import VocabLayout
+from megatron_ext.vocab.sweep import IdCounts, Sweep
 from megatron_ext.vocab.text import QwenTokenizer, SentencePieceTokenizer, TextTokenizer
 from megatron_ext.vocab.vocabulary import Vocabulary, layout_of
 
@@ -21,11 +22,13 @@ __all__ = [
     "DocumentError",
     "Grammar",
     "Grid",
+    "IdCounts",
     "Image",
     "QwenTokenizer",
     "Segment",
     "SentencePieceTokenizer",
     "State",
+    "Sweep",
     "Text",
     "TextTokenizer",
     "Video",

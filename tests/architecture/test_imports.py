@@ -10,7 +10,7 @@ LEVELS = (
     {"runtime"},
     {"data", "model", "vision"},
     {"objectives", "optim", "checkpoint", "hf", "observe"},
-    {"resilience", "generate", "curate"},
+    {"resilience", "generate", "curate", "job"},
     {"train"},
     {"pretrain_emu3", "tokenizer_train", "tools", "examples"},
 )
@@ -22,6 +22,7 @@ FORBIDDEN = {
     "config": ("torch", "numpy", "megatron.core"),
     "plan": ("torch",),
     "vocab": ("torch", "megatron.core"),
+    "job": ("torch", "megatron.core"),
     "tokenizer_train": ("megatron_ext.model", "megatron_ext.train", "megatron_ext.objectives", "megatron.core"),
 }
 FORBIDDEN_EVERYWHERE = ("megatron.training", "apex", "emu3_tools")

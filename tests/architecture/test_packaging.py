@@ -55,6 +55,7 @@ COMES_WITH = {
     "rapidocr": "the curate extra",
     "boto3": "the s3 extra",
     "botocore": "boto3",
+    "wandb": "the wandb extra",
 }
 
 

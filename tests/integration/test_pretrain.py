@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_ext.optim.gradient_groups import GROUPS
 from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset, train_text_tokenizer
 from tools import compare_runs
 
@@ -90,7 +91,7 @@ def test_the_run_folder(workplace, straight):
     assert [line["step"] for line in training] == list(range(1, STEPS + 1))
     assert set(training[-1]) == {
         "step", "loss", "loss_text", "loss_vision", "loss_dataset/train", "grad_norm", "learning_rate",
-        "global_batch_size", "consumed_samples", "consumed_tokens",
+        "global_batch_size", "consumed_samples", "consumed_tokens", *(f"grad_norm/{group}" for group in GROUPS),
     }  # fmt: skip
     assert training[-1]["consumed_samples"] == 4 * STEPS and training[-1]["consumed_tokens"] == 4 * STEPS * 64
     assert training[-1]["loss"] < training[0]["loss"]

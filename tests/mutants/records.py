@@ -271,6 +271,16 @@ UPDATES = (
         tests=("tests/unit/optim/test_build.py",),
     ),
     Mutant(
+        name="norms of a kind of weight count replicas",
+        resembles="a weight that tensor ranks hold in common is in the gradient's norm once per rank",
+        file="megatron_ext/optim/gradient_groups.py",
+        old='if not getattr(weight, "tensor_model_parallel", False) and topology.tensor_parallel_rank > 0:',
+        new="if False:",
+        tests=(
+            "tests/distributed/test_layouts.py::test_layout_agrees_with_one_process[tp2-cp1-dp1-window-4-full-grads-qk]",
+        ),
+    ),
+    Mutant(
         name="learning-rate schedule off by one",
         resembles="the first step has learning rate 0",
         file="megatron_ext/train/loop.py",

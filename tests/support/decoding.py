@@ -124,9 +124,12 @@ class Rank:
         return self.runner.run(self.microbatches(step), DATASETS, step=step)
 
     def step(self, step: int) -> dict[str, float]:
-        """One optimizer step: its losses and gradient norm."""
+        """One optimizer step: its losses, gradient norm and the norm's parts."""
         losses = self.backward(step)
-        return {**losses, "grad_norm": self.optimizer.step(step + 1).grad_norm}
+        grad_norm = self.optimizer.gradient_norm()
+        parts = {f"grad_norm/{group}": norm for group, norm in self.optimizer.groups.norms().items()}
+        self.optimizer.apply(step + 1, grad_norm)
+        return {**losses, "grad_norm": grad_norm, **parts}
 
 
 @contextlib.contextmanager

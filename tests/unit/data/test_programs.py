@@ -224,6 +224,23 @@ def test_inspect_finds_valid_documents_that_were_not_written(inputs):
         inspect_data.main(["--prefix", str(prefix), "--validate", "true"])
 
 
+def test_inspect_a_blend(inputs, capsys):
+    preprocess_data.main(arguments(inputs))
+    blend = [{"prefix": str(inputs / "out/set_train"), "weight": 3}]
+    settings = {"vocab": {"layout": "custom", "text_tokenizer": str(inputs / "text.model"), "codebook_size": 50},
+                "train": {"seq_length": 64, "global_batch_size": 1, "train_steps": 1}, "data": {"train": blend},
+                "observe": {"run_dir": "run"}}  # fmt: skip
+    (inputs / "run.yaml").write_text(json.dumps(settings))
+    capsys.readouterr()
+    inspect_data.main(["--blend", str(inputs / "run.yaml")])
+    printed = capsys.readouterr().out
+    assert "windows of 64 ids" in printed and "100.0%" in printed and "share" in printed
+    assert not (inputs / "out" / "packing_cache").exists()  # looking leaves nothing behind
+    for wrong in ([], ["--prefix", "a", "--blend", "b"]):
+        with pytest.raises(InputError, match="give prefix"):
+            inspect_data.main(wrong)
+
+
 def test_inspect_takes_a_rebuilt_sidecar(inputs, capsys):
     preprocess_data.main(arguments(inputs))
     (inputs / "out/set_train.spans.npz").unlink()

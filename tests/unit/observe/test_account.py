@@ -19,6 +19,9 @@ def write_run(folder: Path) -> Path:
         {"event": "stop", "time": 131.0, "step": 2, "reason": "file stop"},
         {"event": "save", "time": 132.0, "step": 2, "blocked_seconds": 1.0},
         {"event": "end", "time": 132.0, "step": 2, "finished": False},
+        {"event": "job_end", "time": 140.0, "step": 2, "cause": "time limit", "outcome": "again"},
+        {"event": "job_start", "time": 190.0, "job": "1", "restart": 1, "nodes": "n[1-2]", "step": 2},
+        {"event": "failure", "time": 195.0, "error": "preflight: n1 (rank 0): its clock is +7.0 s off"},
         start | {"time": 200.0},
         {"event": "resume", "time": 205.0, "step": 2, "forgotten_steps": 0, "last_metrics": 130.0},
         {"event": "save", "time": 217.0, "step": 3, "blocked_seconds": 2.0},
@@ -51,8 +54,9 @@ def test_every_second_has_a_cause(tmp_path):
     assert account.elapsed == 326.0
     assert (account.training, account.evaluation, account.saving) == (50.0, 0.5, 4.0)
     assert account.starting == 10.0 + 5.0 + 4.0
-    # Alive 32 + 40 + 1 + 26 seconds: of them 50.5 + 4 + 19 are told, the others are steps that came again and waits.
-    assert account.lost_and_other == pytest.approx(99 - 73.5)
+    # Alive 32 + 40 + 1 + 26 seconds: of them 50.5 + 4 + 19 are told, 20 are the killed start's last two steps.
+    assert account.steps_done_again == 20.0  # two steps of 10 seconds
+    assert account.other == pytest.approx(99 - 73.5 - 20)
     assert account.down == pytest.approx(326 - 99)
     assert sum(seconds for _, seconds in account.causes()) == pytest.approx(account.elapsed)
     assert account.goodput == pytest.approx(50 / 326)

@@ -1,0 +1,95 @@
+# shellcheck shell=bash disable=SC2034  # the scripts read what the functions leave
+# What the scripts of this folder share. They source it in the project's folder.
+
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# in_queue: whether this is the job, and not the login node.
+in_queue() { [ -n "${SLURM_JOB_ID-}" ]; }
+
+# here COMMAND...: run Python beside the ranks, outside of srun.
+here() { "${CONTAINER[@]}" "$HOST_PYTHON" "$@"; }
+
+# submit SCRIPT: check what can be known, then put SCRIPT into the queue with the options QUEUE and the arguments PROGRAM.
+submit() {
+    type -P sbatch >/dev/null || fail "sbatch is not there: run this on a login node of a Slurm cluster"
+    sbatch "${QUEUE[@]}" "$1" "${PROGRAM[@]}"
+}
+
+# split PATTERN ARGUMENT...: what stands before the first argument that matches PATTERN is for sbatch, the rest for the
+# program.
+split() {
+    local pattern=$1
+    shift
+    QUEUE=() PROGRAM=()
+    while [ $# -gt 0 ] && [[ ! $1 =~ ^($pattern)$ ]]; do
+        QUEUE+=("$1")
+        shift
+    done
+    PROGRAM=("$@")
+    [ $# -gt 0 ] || fail "no argument is $pattern: what comes before it is for sbatch, what follows for the program"
+}
+
+# ranks_per_node: --ntasks-per-node, else one for each GPU, else one.
+ranks_per_node() { echo "${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"; }
+
+# begin PROGRAM...: note the start of the run that `PROGRAM... --print_config` describes, and listen to Slurm.
+begin() {
+    SETTINGS=$(here "$@" --print_config) || exit
+    RUN_DIR=$(here tools/job.py begin --job "$SLURM_JOB_ID" --restart "${SLURM_RESTART_COUNT:-0}" \
+        --nodes "$SLURM_JOB_NODELIST" <<<"$SETTINGS") || exit
+    TIME_LIMIT=false HEARD=
+    trap 'HEARD=yes TIME_LIMIT=true; echo "the time limit of job $SLURM_JOB_ID" >"$RUN_DIR/stop"' USR1
+    trap 'HEARD=yes' TERM # scancel and the like: the step gets it too, and ends
+}
+
+# torchrun PROGRAM ARGUMENT...: one torchrun on every node. Leaves the exit code in CODE.
+torchrun() {
+    local head address
+    # The address at which Slurm itself reaches the node: every node can.
+    read -r head < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    address=$(scontrol show node --oneliner "$head" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    # Slurm sends SIGTERM to every process of a step. It is for the ranks, which save and stop: torchrun would give them
+    # 30 seconds for it.
+    # shellcheck disable=SC2016  # for the bash inside
+    step --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        bash -c 'trap "" TERM; exec "$@"' torchrun \
+        "${CONTAINER[@]}" "$PYTHON" -m torch.distributed.run --signals-to-handle SIGINT,SIGHUP,SIGQUIT \
+        --nnodes "$SLURM_NNODES" --nproc-per-node "$(ranks_per_node)" --max-restarts "$MAX_RESTARTS" \
+        --rdzv-backend c10d --rdzv-endpoint "$address:$((20000 + SLURM_JOB_ID % 10000))" \
+        --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" "$@"
+}
+
+# step SRUN_OPTION... COMMAND...: run a step. Leaves the exit code in CODE.
+step() {
+    srun --kill-on-bad-exit=1 --cpu-bind=none "${SRUN_OPTIONS[@]}" "$@" &
+    HEARD=yes
+    while [ "$HEARD" ]; do # a signal ends `wait`, and not the step
+        HEARD=
+        wait $! && CODE=0 || CODE=$?
+    done
+}
+
+# settle: end the job as the run and its history say, or put it back into the queue.
+settle() {
+    local verdict=0 tries=10
+    here tools/job.py end --exit_code "$CODE" --time_limit "$TIME_LIMIT" \
+        --state "$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)" <<<"$SETTINGS" || verdict=$?
+    [ "$verdict" = 75 ] || exit "$verdict"
+    until scontrol requeue "$SLURM_JOB_ID"; do
+        [ $((tries--)) -gt 0 ] || fail "Slurm does not take job $SLURM_JOB_ID back into the queue: submit it again"
+        sleep 30
+    done
+    exit 0
+}
+
+EMU3_SITE=${EMU3_SITE:-slurm/env.sh}
+[ -r "$EMU3_SITE" ] || fail "site file $EMU3_SITE is missing: set EMU3_SITE to yours, or restore slurm/env.sh"
+# shellcheck source=slurm/env.sh
+. "$EMU3_SITE"
+[ ${#CONTAINER[@]} -gt 0 ] || type -P "$HOST_PYTHON" >/dev/null ||
+    fail "$HOST_PYTHON is not there: run make build, or set PYTHON in $EMU3_SITE"
+[ "$HOST_PYTHON" != "$PYTHON" ] || here -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("torch"))' ||
+    fail "$PYTHON has no torch, and so no torchrun: run make build, or set PYTHON in $EMU3_SITE"
