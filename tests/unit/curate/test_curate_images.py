@@ -116,6 +116,16 @@ def test_the_page_says_what_was_off(undisturbed):
     assert "Dropped: duplicate near" in page and page.count("data:image/png") == 6 + 5  # kept, and readable others
 
 
+def test_the_page_in_a_browser(undisturbed, browser):
+    with browser.page(undisturbed / "report.html") as page:
+        assert page.errors == [] and page.requests == [] and page.overflow() == 0
+        assert len(page.boxes("figure > svg")) == 2  # sizes and colours; no score, no text was measured
+        # A square for each picture, as wide as its card allows.
+        assert min(box.width for box in page.boxes(".card img")) > 80
+        headings = page.texts("h2")
+    assert headings[:3] == ["Funnel", "Scores", "Kept"] and "Dropped: duplicate file" in headings
+
+
 def test_kept_tars_hold_the_files_as_they_were(undisturbed):
     rows = [row for row in rows_of(undisturbed).values() if row["verdict"] == "kept"]
     tars = sorted((undisturbed / "kept").glob("*.tar"))
@@ -160,8 +170,13 @@ def test_the_lists(inputs, undisturbed, tmp_path):
         listed = list_samples([tmp_path / f"kept.{kind}"])
         assert {sample.key for sample in listed} == {row["key"] for row in kept}
         assert all(decode_picture(sample.media.read()).shape[2] == 3 for sample in listed)
-    again = list_samples([tmp_path / "rows.parquet"])
-    assert [sample.key for sample in again] == [sample.key for sample in listed]
+    again, inputs = tmp_path / "again", json.dumps([str(tmp_path / "kept.parquet")])
+    main(["--inputs", inputs, "--output", str(again), "--piece_size", "4", *SMALL])
+    assert [(row["key"], row["verdict"], row["captions"]) for row in rows_of(again).values()] == [
+        (row["key"], "kept", row["captions"]) for row in kept
+    ]
+    whole = list_samples([tmp_path / "rows.parquet"])
+    assert [sample.key for sample in whole] == [sample.key for sample in listed]
 
 
 def test_aesthetic_scores_and_rescue(tmp_path):
