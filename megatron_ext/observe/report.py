@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import markupsafe
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
@@ -165,14 +166,37 @@ def curves(
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        for position, text in (marks or {}).items():
-            axes.axvline(position, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
-            axes.annotate(text, (position, 1), (4, -4), xycoords=("data", "axes fraction"),
-                          textcoords="offset points", va="top", fontsize=9)  # fmt: skip
+        _mark(axes, marks or {})
         axes.set(xlabel=x_label, ylabel=y_label)
         if len(series) > 1:
             axes.legend(frameon=False, loc="upper right")
     return figure
+
+
+def histogram(
+    series: Mapping[str, Sequence[float]],
+    *,
+    x_label: str,
+    y_label: str,
+    marks: Mapping[float, str] | None = None,
+    bins: int = 50,
+) -> Figure:
+    """Counts of values, the series on top of each other in bins of equal width; `marks` as vertical lines."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.hist(list(series.values()), bins=bins, stacked=True, color=COLORS[: len(series)], label=list(series))
+        _mark(axes, marks or {})
+        axes.set(xlabel=x_label, ylabel=y_label)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _mark(axes: Axes, marks: Mapping[float, str]) -> None:
+    for position, text in marks.items():
+        axes.axvline(position, color=INK, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
+        axes.annotate(text, (position, 1), (4, -4), xycoords=("data", "axes fraction"),
+                      textcoords="offset points", va="top", fontsize=9)  # fmt: skip
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:

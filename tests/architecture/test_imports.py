@@ -8,9 +8,9 @@ from tests.architecture.source import ROOT, imported_modules, name_of, product_f
 LEVELS = (
     {"config", "plan", "vocab", "media"},
     {"runtime"},
-    {"data", "model", "vision", "curate"},
+    {"data", "model", "vision"},
     {"objectives", "optim", "checkpoint", "hf", "observe"},
-    {"resilience", "generate", "job"},
+    {"resilience", "generate", "curate", "job"},
     {"train"},
     {"pretrain_emu3", "tokenizer_train", "tools", "examples"},
 )

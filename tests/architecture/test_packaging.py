@@ -52,6 +52,7 @@ COMES_WITH = {
     "tokenizers": "transformers",
     "transformer_engine": "the cuda extra",
     "nvidia": "the cuda extra",
+    "rapidocr": "the curate extra",
     "boto3": "the s3 extra",
     "botocore": "boto3",
     "wandb": "the wandb extra",
