@@ -54,6 +54,7 @@ COMES_WITH = {
     "nvidia": "the cuda extra",
     "rapidocr": "the curate extra",
     "boto3": "the s3 extra",
+    "openai": "the curate extra",
     "botocore": "boto3",
 }
 
