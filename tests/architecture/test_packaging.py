@@ -55,6 +55,7 @@ COMES_WITH = {
     "rapidocr": "the curate extra",
     "boto3": "the s3 extra",
     "openai": "the curate extra",
+    "scenedetect": "the curate extra",
     "botocore": "boto3",
 }
 
