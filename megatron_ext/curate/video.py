@@ -92,6 +92,19 @@ class Video:
         return rate
 
     @functools.cached_property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width in pixels as the first frame is shown.
+
+        Raises:
+            MediaError: no frame can be decoded.
+        """
+        frame = next(self.frames(), None)
+        if frame is None:
+            raise MediaError("no frame")
+        lies = round(frame.rotation / 90) % 2
+        return (frame.width, frame.height) if lies else (frame.height, frame.width)
+
+    @functools.cached_property
     def timeline(self) -> Timeline:
         """All frames' time stamps, read without decoding.
 
