@@ -5,6 +5,7 @@ Every answer is on disk the moment it is there. Started again, the program asks 
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -14,7 +15,8 @@ from megatron_ext.curate.caption_journal import CaptionJournal
 from megatron_ext.curate.caption_server import CaptionServer, ServerConfig
 from megatron_ext.curate.captioning import Captioning, finished_record
 from megatron_ext.curate.captions import ShownConfig
-from megatron_ext.media import list_samples
+from megatron_ext.curate.inputs import pieces_of
+from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.observe.progress import progress
 
@@ -24,7 +26,7 @@ class CaptionConfig:
     """Caption pictures and clips: folders or WebDataset tars in, JSON lines out."""
 
     inputs: list[str]
-    """Folders of media files, WebDataset tars, single files, and glob patterns of these."""
+    """Folders of media files, WebDataset tars, manifests, single files, and patterns of these."""
 
     output: str
     """Folder for captions-IIIII-of-NNNNN.jsonl and, beside it, the answers as they come (.answers.jsonl)."""
@@ -69,9 +71,12 @@ def main(argv: list[str]) -> None:
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)
-    every = list_samples(config.inputs)
+    pieces, _ = pieces_of(config.inputs, 1)
     # Runs of neighbours: the shards' files one after the other are the file of one shard.
-    samples = every[shard * len(every) // shards : (shard + 1) * len(every) // shards]
+    own = pieces[shard * len(pieces) // shards : (shard + 1) * len(pieces) // shards]
+    samples = usable_samples((entry for piece in own for entry in piece.entries()), bad)
+    total = len(samples) + len(bad.reasons)
+    bad.check(total)
     stem = f"captions-{shard:05d}-of-{shards:05d}"
     with CaptionJournal(config.output, stem, settings(config), overwrite=config.overwrite) as journal:
         missing = [sample for sample in samples if finished_record(sample, journal) is None]
@@ -82,13 +87,26 @@ def main(argv: list[str]) -> None:
             start = time.monotonic()
             with progress("caption", len(missing), "samples", console) as advance:
                 work = Captioning(missing, config.shown, journal, bad, advance=advance)
-                server = work.run(config.server, decoders=config.decoders, total=len(samples))
+                server = work.run(config.server, decoders=config.decoders, total=total)
             _tell_work(server, len(missing), time.monotonic() - start, console)
         records = [record for sample in samples if (record := finished_record(sample, journal))]
         written = journal.finish(records)
     state = "" if written else ": finished before, nothing has changed"
-    console.print(f"{journal.result}: {len(records)} of {len(samples)} samples have captions{state}", soft_wrap=True)
+    console.print(f"{journal.result}: {len(records)} of {total} samples have captions{state}", soft_wrap=True)
     _tell_faults(bad, console)
+
+
+def usable_samples(entries: Iterable[Sample | Fault], bad: BadSamples) -> list[Sample]:
+    """The samples; what listing found unusable, and a sample of an earlier one's key, go to `bad`."""
+    found: dict[str, Sample] = {}
+    for entry in entries:
+        if isinstance(entry, Fault):
+            bad.add(entry.source, entry.reason)
+        elif entry.key in found:
+            bad.add(entry.source, f"its key {entry.key} is that of {found[entry.key].source}")
+        else:
+            found[entry.key] = entry
+    return list(found.values())
 
 
 def _tell_work(server: CaptionServer, count: int, seconds: float, console: Console) -> None:

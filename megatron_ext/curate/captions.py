@@ -114,11 +114,13 @@ def question(sample: Sample, piece: Piece, shown: ShownConfig) -> list[dict[str,
 
 
 def record(sample: Sample, pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A finished sample's line: `captions` as the other programs read them, and of a clip its pieces with their times.
+    """A finished sample's line, a row of a manifest (`media.manifests`); of a clip also its pieces with their times.
 
     A caption of a part does not describe the whole: a clip of several pieces has no `captions`.
     """
+    media = sample.media
     fields: dict[str, Any] = {"key": sample.key, "kind": sample.kind, "source": sample.source}
+    fields |= {"path": str(media.path.absolute()), "offset": media.offset, "size": media.size}
     fields["captions"] = [pieces[0]["caption"]] if len(pieces) == 1 else []
     if sample.kind == "video":
         names = ("start_s", "end_s", "num_frames", "caption")

@@ -1,5 +1,6 @@
 """The page of a curation of videos."""
 
+import functools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,15 +48,18 @@ def write_clip_page(rows: pa.Table, filters: VideoFiltersConfig, off: Mapping[st
         scores=_scores(rows, is_kept, length, filters),
         examples=_examples(rows),
     )
-    write_page(page, path, middle_frame)
+    write_page(page, path, functools.partial(middle_frame, path.parent))
 
 
-def middle_frame(row: Row) -> Image.Image | None:
-    """The frame in the middle of a row's clip, which is a file of its own if it was kept; None of an unreadable one."""
+def middle_frame(folder: Path, row: Row) -> Image.Image | None:
+    """The frame in the middle of a row's clip, which is a file of its own in `folder` if it was kept; None of an
+    unreadable one."""
     if row["start_s"] is None:
         return None
-    span = (0.0, row["end_s"] - row["start_s"]) if row["verdict"] == KEPT else (row["start_s"], row["end_s"])
-    extent = Extent(path=Path(row["path"]), offset=row["offset"], size=row["size"], stamp=0)
+    is_kept = row["verdict"] == KEPT
+    span = (0.0, row["end_s"] - row["start_s"]) if is_kept else (row["start_s"], row["end_s"])
+    path = folder / row["path"] if is_kept else Path(row["path"])
+    extent = Extent(path=path, offset=row["offset"], size=row["size"], stamp=0)
     try:
         with Video(extent) as video:
             frame = next(video.frames_at(video.timeline.shown_at([sum(span) / 2])), None)

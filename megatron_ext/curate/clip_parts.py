@@ -1,7 +1,7 @@
 """Kept clips on disk: a WebDataset tar and a table of rows for each part of the videos.
 
 FOLDER/clips/clips-000000.tar   KEY.mp4 (a whole video keeps its own suffix) and KEY.json of each clip that part 0 kept
-The rows name tar, offset and size of a kept clip, of a dropped one those of its video.
+The rows name tar (from FOLDER), offset and size of a kept clip, of a dropped one those of its video.
 """
 
 import io
@@ -17,7 +17,11 @@ from megatron_ext.curate.clips import Span
 from megatron_ext.curate.table import PartTable, Row, replace_file, schema_of
 from megatron_ext.curate.verdict import KEPT, UNREADABLE, Judgement, Verdict, verdict_of
 from megatron_ext.curate.video_filters import Looked
-from megatron_ext.media import Sample, readable_name
+from megatron_ext.media import Fault, Sample, readable_name
+from megatron_ext.media.samples import Extent
+
+CLIPS = "clips"
+"""Folder of the tars."""
 
 MEASURED = ("motion", "text", "aesthetic")
 """Scores of their own columns; null where they were not measured."""
@@ -59,7 +63,7 @@ class JudgedClip:
 class JudgedVideo:
     """A video and what becomes of it."""
 
-    sample: Sample
+    entry: Sample | Fault
     looked: Looked | None
     """None of an unreadable one."""
 
@@ -70,7 +74,7 @@ class JudgedVideo:
 
 def write_part(table: PartTable, number: int, videos: Iterable[JudgedVideo]) -> list[Row]:
     """Write tar and rows of a part. The rows come last: a part without them is made again."""
-    path = table.folder / "clips" / f"clips-{number:06d}.tar"
+    path = table.folder / CLIPS / f"clips-{number:06d}.tar"
     rows: list[Row] = []
 
     def fill(temporary: Path) -> None:
@@ -88,35 +92,31 @@ def write_part(table: PartTable, number: int, videos: Iterable[JudgedVideo]) -> 
 
 
 def _rows(video: JudgedVideo, tar: tarfile.TarFile, path: Path) -> Iterable[Row]:
-    sample = video.sample
-    source = {
-        "kind": "video",
-        "source": readable_name(sample.source),
-        "path": readable_name(str(sample.media.path)),
-        "offset": sample.media.offset,
-        "size": sample.media.size,
-        "captions": [],
-        "clip_of": readable_name(sample.key),
-    }
+    entry = video.entry
+    names = {"kind": "video", "source": readable_name(entry.source), "clip_of": readable_name(entry.key)}
     if video.looked is None:
+        place = _place(entry.media) if isinstance(entry, Sample) else {"path": names["source"], "offset": 0, "size": 0}
         verdict = {"verdict": UNREADABLE, "reason": UNREADABLE, "detail": video.fault}
-        yield {"key": source["clip_of"], **source, **verdict}
+        yield {"key": names["clip_of"], "captions": [], **names, **place, **verdict}
     for clip in video.clips:
-        fields = _fields(video, clip)
-        row = {**source, **fields, **vars(clip.verdict)}
+        fields = {**names, **_fields(video, clip)}
+        place = _place(entry.media)
         if clip.verdict.verdict == KEPT:
-            description = {**fields, "kind": "video", "source": sample.source, "clip_of": sample.key}
             offset = _add(tar, f"{fields['key']}.{clip.suffix}", clip.content)
-            _add(tar, f"{fields['key']}.json", json.dumps(description, ensure_ascii=False).encode())
-            row |= {"path": str(path), "offset": offset, "size": len(clip.content)}
-        yield row
+            _add(tar, f"{fields['key']}.json", json.dumps(fields, ensure_ascii=False).encode())
+            place = {"path": f"{CLIPS}/{path.name}", "offset": offset, "size": len(clip.content)}
+        yield {**fields, **place, **vars(clip.verdict)}
+
+
+def _place(media: Extent) -> Row:
+    return {"path": readable_name(str(media.path)), "offset": media.offset, "size": media.size}
 
 
 def _fields(video: JudgedVideo, clip: JudgedClip) -> Row:
     """What a clip's row and its JSON both say."""
     scores = {judgement.filter: judgement.score for judgement in clip.judgements}
     return {
-        "key": f"{video.sample.key}-{clip.span.number:05d}",
+        "key": f"{video.entry.key}-{clip.span.number:05d}",
         # What is said of a whole video need not be true of a part.
         "captions": list(video.looked.captions) if clip.span.is_whole else [],
         "start_s": round(clip.span.start_s, 6),

@@ -1,6 +1,6 @@
 """What filters say of the scenes of a video: size, length, motion, text; the aesthetic score of its frames.
 
-Shapes: T frames, H W pixels, C colour channels.
+Shapes: T frames, B of them, H W pixels, C colour channels.
 """
 
 import math
@@ -12,6 +12,7 @@ import numpy as np
 from megatron_ext.config import InputError
 from megatron_ext.curate.clips import LOOKED_AT_EDGE, aesthetic_frames, looked_at
 from megatron_ext.curate.motion import FlowMethod, motion
+from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.scenes import ScenesConfig, Span, split
 from megatron_ext.curate.text import text_share
 from megatron_ext.curate.verdict import Judgement, at_least, at_most, within
@@ -63,8 +64,8 @@ class Candidate:
     judgements: tuple[Judgement, ...]
     """In the order of FILTERS; without `measure_all` none after one that failed."""
 
-    frames_THWC: np.ndarray | None
-    """What the aesthetic score is of; None where it need not be known."""
+    squares_BHWC: np.ndarray | None
+    """What the aesthetic score is of, as CLIP looks at it; None where it need not be known."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,11 @@ class Looked:
     candidates: tuple[Candidate, ...]
 
 
-def look_through(sample: Sample, scenes: ScenesConfig, filters: VideoFiltersConfig) -> Looked:
-    """Split a video and judge its scenes.
+def look_through(sample: Sample, scenes: ScenesConfig, filters: VideoFiltersConfig, clip_side: int | None) -> Looked:
+    """Split a video and judge its scenes; `clip_side` is the side of CLIP's squares, None if they are not wanted.
 
     Raises:
         MediaError: it cannot be read, decoded to its end, or named in UTF-8; its captions are unreadable.
-        InputError: text is to be looked for, and rapidocr is not installed.
     """
     if readable_name(sample.source) != sample.source:
         raise MediaError("its name is not UTF-8, which shards and datasets hold keys in: rename it")
@@ -107,8 +107,10 @@ def look_through(sample: Sample, scenes: ScenesConfig, filters: VideoFiltersConf
                 if not judgement.passed and not filters.measure_all:
                     frames = None
                     break
-            shown = None if frames is None else aesthetic_frames(frames)
-            candidates.append(Candidate(span=span, judgements=tuple(judgements), frames_THWC=shown))
+            squares = None
+            if frames is not None and clip_side is not None:
+                squares = np.stack([clip_square(frame, clip_side) for frame in aesthetic_frames(frames)])
+            candidates.append(Candidate(span=span, judgements=tuple(judgements), squares_BHWC=squares))
         return Looked(
             height=height,
             width=width,

@@ -56,7 +56,6 @@ COMES_WITH = {
     "boto3": "the s3 extra",
     "openai": "the curate extra",
     "scenedetect": "the curate extra",
-    "rapidocr": "installed beside the curate extra",
     "botocore": "boto3",
 }
 

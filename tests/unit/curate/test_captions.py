@@ -104,6 +104,12 @@ def test_every_passing_fault_is_overcome(tmp_path, pictures, capsys):
         assert text.startswith(f"1 pictures, {40 + number}x30, ")
         assert np.abs(colour_in(text) - (10 * number, 100, 50)).max() <= 2  # JPEG
         assert record["kind"] == "image" and record["source"].endswith(f"p{number:02d}.png")
+    # The result is itself an input, with captions.
+    again = list_samples([tmp_path / "out" / "captions-00000-of-00001.jsonl"])
+    assert [(sample.key, list(sample.captions())) for sample in again] == [
+        (key, record["captions"]) for key, record in records.items()
+    ]
+    assert again[3].media.read() == (pictures / "p03.png").read_bytes()
     output = capsys.readouterr().out
     for fault in ("HTTP 500", "HTTP 429", "HTTP 503", "no answer within 1 s", "no connection, or it was lost"):
         assert f"times: {fault}" in output
@@ -208,6 +214,18 @@ def test_started_again_it_asks_about_what_changed_only(tmp_path, pictures, capsy
             caption.main([*arguments, "--server.max_tokens=64"])
         caption.main([*arguments, "--server.max_tokens=64", "--overwrite=true"])
         assert len(asked.requests()) == 13 + 11
+
+
+def test_what_cannot_be_listed_is_named(tmp_path, pictures, capsys):
+    (pictures / "p03.jpg").write_bytes(b"another")
+    shutil.copytree(pictures, tmp_path / "more")
+    with chat_server(tmp_path) as asked:
+        arguments = options(pictures, tmp_path / "out", asked.url, max_bad_fraction=1)
+        caption.main([*arguments, f"--inputs=['{pictures}', '{tmp_path / 'more' / 'p00.png'}']"])
+        assert len(asked.requests()) == 11
+    output = capsys.readouterr().out
+    assert "two media files of one key" in output
+    assert f"skipped {pictures / 'p00.png'}: its key p00 is that of {tmp_path / 'more' / 'p00.png'}" in output
 
 
 def test_a_torn_line_is_asked_again_and_a_strange_file_is_refused(tmp_path, pictures):
