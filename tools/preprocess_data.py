@@ -4,7 +4,12 @@ Writes OUTPUT_PREFIX_train and, with a valid_fraction, OUTPUT_PREFIX_valid, or t
 merge_datasets.py joins. The same inputs and options give the same bytes, whatever shards and workers there were.
 Nothing appears under the final names before everything is complete. Samples that cannot be used are skipped, counted
 and named; too many of them stop the program. Started again, it does nothing where inputs and options have not changed.
+
+`--plan` prints, from measured rates, how many tasks, hours and terabytes a corpus takes (options: `--plan --help`).
 """
+
+import json
+from dataclasses import asdict
 
 from rich.console import Console
 
@@ -14,6 +19,9 @@ from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.preprocess import Work, split_prefix
 from megatron_ext.data.report import dataset_report
 from megatron_ext.observe.progress import progress
+from megatron_ext.plan.preprocessing import PlanConfig, make_plan, plan_lines
+
+PLAN = "--plan"
 
 
 def preprocess(config: PreprocessConfig) -> None:
@@ -41,8 +49,13 @@ def preprocess(config: PreprocessConfig) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Write the datasets that `argv` describes."""
-    preprocess(load(PreprocessConfig, argv, prog="preprocess_data.py"))
+    """Write the datasets that `argv` describes, or, with --plan, print the plan of a corpus."""
+    if PLAN not in argv:
+        preprocess(load(PreprocessConfig, argv, prog="preprocess_data.py"))
+        return
+    config = load(PlanConfig, [word for word in argv if word != PLAN], prog=f"preprocess_data.py {PLAN}")
+    plan = make_plan(config)
+    print(json.dumps(asdict(plan), indent=1) if config.json else "\n".join(plan_lines(plan, config)))
 
 
 def cli() -> None:
