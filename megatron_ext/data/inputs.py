@@ -66,10 +66,6 @@ class Inputs:
         for number, name in enumerate(names):
             if name in names[:number]:
                 raise InputError(f"vision has {folders[number].path} twice: its documents would be there twice")
-        if config.rows and not config.row_media:
-            row_folders = ()
-        else:
-            row_folders = tuple(TokenizedFolder.open(path) for path in config.row_media)
         tars = [(folder, shard) for folder in folders for shard in folder.shards]
         media = [
             Unit(
@@ -87,7 +83,7 @@ class Inputs:
         texts = [Unit("text", path, path.stat().st_size, None, None) for path in find_text_files(config.text)]
         return cls(
             folders=folders,
-            row_folders=row_folders,
+            row_folders=tuple(TokenizedFolder.open(path) for path in config.row_media),
             tables=tuple(find_text_files(config.duplicates, option="duplicates")),
             units=(*media, *rows, *texts),
         )
