@@ -91,16 +91,11 @@ def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with pyarrow.parquet.ParquetFile(path) as file:
             found = [(np.empty(0, np.uint64), np.empty(0, np.uint64))]
             for batch in file.iter_batches(columns=["key", "phash"]):
-                rows = [
-                    (key, value) for key, value in zip(*map(list, _columns(batch)), strict=True) if value is not None
-                ]
-                values = [int(value, 16) if isinstance(value, str) else value % (1 << _BITS) for _, value in rows]
-                found.append((key_hashes([key for key, _ in rows]), np.array(values, dtype=np.uint64)))
+                keys, values = (batch.column(name).to_pylist() for name in ("key", "phash"))
+                known = [(key, value) for key, value in zip(keys, values, strict=True) if value is not None]
+                bits = [int(value, 16) if isinstance(value, str) else value % (1 << _BITS) for _, value in known]
+                found.append((key_hashes([key for key, _ in known]), np.array(bits, dtype=np.uint64)))
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"duplicates: cannot read columns key and phash of {path}: {reason}") from None
     return np.concatenate([keys for keys, _ in found]), np.concatenate([values for _, values in found])
-
-
-def _columns(batch) -> tuple[list, list]:
-    return batch.column("key").to_pylist(), batch.column("phash").to_pylist()
