@@ -260,7 +260,7 @@ def _complete(config: TokenizeVisionConfig, folder: CodesFolder, parts: int, con
     records = folder.records(parts)
     for item in (item for record in records.values() for item in record["skipped"]):
         bad.add(item["source"], item["reason"])
-    bad.check(sum(len(record["keys"]) + len(record["skipped"]) for record in records.values()))
+    bad.check(sum(len(record["hashes"]) + len(record["skipped"]) for record in records.values()))
     manifest = folder.complete(records)
     console.print(
         f"{config.output}: {manifest['samples']['image']} pictures, {manifest['samples']['video']} clips "

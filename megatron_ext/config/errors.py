@@ -29,6 +29,9 @@ class BadSamples:
     NAMED = 3
     """How many of them the stopping line names."""
 
+    EARLY, PLAIN = 1000, 2
+    """After so many samples a share that is so many times the allowed one stops the work before its end."""
+
     def __init__(self, max_fraction: float, *, field: str = "max_bad_fraction") -> None:
         """`field` is the option that holds `max_fraction`. Raises InputError for a fraction outside 0..1."""
         if not 0 <= max_fraction <= 1:
@@ -44,12 +47,28 @@ class BadSamples:
 
     def check(self, total: int) -> None:
         """Raise InputError when they are more than the allowed share of `total` samples."""
-        if len(self.reasons) <= self._max_fraction * total:
-            return
+        if len(self.reasons) > self._max_fraction * total:
+            self._stop(f"{len(self.reasons):,} of {total:,} samples")
+
+    def check_early(self, seen: int, total: int | None) -> None:
+        """Raise InputError after `seen` of `total` samples (None: not known) when they are, or plainly will be, more
+        than the allowed share of all.
+
+        Certain is a number that is too large for all samples; plain, where their number is not known, a share of
+        PLAIN times the allowed one among at least EARLY samples, and any bad sample where none is allowed.
+        """
+        if total is not None:
+            self.check(total)
+        elif seen >= self.EARLY and len(self.reasons) > self.PLAIN * self._max_fraction * seen:
+            self._stop(f"{len(self.reasons):,} of the first {seen:,} samples")
+        elif self._max_fraction == 0:
+            self.check(seen)
+
+    def _stop(self, how_many: str) -> None:
         named = [f"{_readable(source)}: {reason}" for source, reason in list(self.reasons.items())[: self.NAMED]]
         more = "; ..." if len(self.reasons) > self.NAMED else ""
         raise InputError(
-            f"{len(self.reasons):,} of {total:,} samples cannot be used, more than {self._field} "
+            f"{how_many} cannot be used, more than {self._field} "
             f"{self._max_fraction:g} ({'; '.join(named)}{more}): repair or remove them, or raise {self._field}"
         )
 

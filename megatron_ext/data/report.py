@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from megatron_ext.data.indexed import KINDS, DocumentDataset
+from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.packing import PackingRules, pack
+from megatron_ext.data.sidecar import KINDS
 from megatron_ext.data.step_windows import DocumentInWindow, StepWindow
 from megatron_ext.vocab import Image, Segment, Text, Vocabulary
 

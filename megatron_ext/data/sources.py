@@ -5,14 +5,13 @@ integers [H, W] for a picture, [T, H, W] for a clip) and KEY.json (key, kind, ca
 """
 
 import io
-import itertools
 import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -31,6 +30,26 @@ class MediaSample:
     captions: tuple[str, ...]
 
 
+class RawSample(NamedTuple):
+    """A sample as its shard holds it."""
+
+    place: str
+    """Shard and name in it."""
+    parts: Mapping[str, bytes]
+    """Content by suffix."""
+    offset: int
+    """Where in the shard its first member begins."""
+
+
+@dataclass(frozen=True)
+class TokenizedShard:
+    """One tar of a folder."""
+
+    name: str
+    sha256: str
+    samples: int
+
+
 @dataclass(frozen=True)
 class TokenizedFolder:
     """A folder of tokenized media, as its manifest describes it."""
@@ -38,8 +57,7 @@ class TokenizedFolder:
     path: Path
     vision_tokenizer: str
     codebook_size: int
-    num_samples: int
-    shards: tuple[str, ...]
+    shards: tuple[TokenizedShard, ...]
 
     @classmethod
     def open(cls, path: str | Path) -> "TokenizedFolder":
@@ -54,17 +72,27 @@ class TokenizedFolder:
                 path=Path(path),
                 vision_tokenizer=str(manifest["vision_tokenizer"]),
                 codebook_size=int(manifest["codebook_size"]),
-                num_samples=sum(manifest["samples"].values()),
-                shards=tuple(shard["name"] for shard in manifest["shards"]),
+                shards=tuple(
+                    TokenizedShard(shard["name"], str(shard["sha256"]), int(shard["samples"]))
+                    for shard in manifest["shards"]
+                ),
             )
+            said = sum(manifest["samples"].values())
         except FileNotFoundError:
             raise InputError(f"{manifest_path} is missing: give a folder that tokenize_vision.py completed") from None
         except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{manifest_path} is damaged ({error!r}): tokenize again") from None
-        for name in folder.shards:
-            if not (folder.path / name).is_file():
-                raise InputError(f"{folder.path / name} is missing, the manifest names it: tokenize again")
+        for shard in folder.shards:
+            if not (folder.path / shard.name).is_file():
+                raise InputError(f"{folder.path / shard.name} is missing, the manifest names it: tokenize again")
+        if said != folder.num_samples:
+            raise InputError(f"{path} holds {folder.num_samples} samples, its manifest says {said}: tokenize again")
         return folder
+
+    @property
+    def num_samples(self) -> int:
+        """Of all shards."""
+        return sum(shard.samples for shard in self.shards)
 
     def samples(self) -> Iterator[MediaSample]:
         """All samples, in the order of shards and of their members.
@@ -72,45 +100,81 @@ class TokenizedFolder:
         Raises:
             InputError: an unreadable shard or sample, a code outside the codebook, or another number of samples.
         """
+        for shard in self.shards:
+            for raw in self.read_shard(shard):
+                yield self.parse(raw)
+
+    def read_shard(self, shard: TokenizedShard) -> Iterator[RawSample]:
+        """The samples of a shard, not yet looked into.
+
+        Raises:
+            InputError: an unreadable shard, or another number of samples than the manifest says.
+        """
+        path = self.path / shard.name
         count = 0
-        for name in self.shards:
-            for key, parts in _tar_samples(self.path / name):
-                yield self._sample(f"{self.path / name}: {key}", parts)
-                count += 1
-        if count != self.num_samples:
-            raise InputError(f"{self.path} holds {count} samples, its manifest says {self.num_samples}: tokenize again")
-
-    def _sample(self, place: str, parts: Mapping[str, bytes]) -> MediaSample:
         try:
-            facts = json.loads(parts["json"])
-            codes = np.load(io.BytesIO(parts["codes.npy"]), allow_pickle=False)
-            key, kind, captions = str(facts["key"]), facts["kind"], tuple(facts["captions"])
-            media = Image(codes) if kind == "image" else Video(codes, facts["frame_rate_mhz"], facts["duration_ms"])
-        except (KeyError, TypeError, ValueError) as error:  # ValueError: JSON, npy, and InputError of Image and Video
-            raise InputError(f"{place} is damaged ({error!r}): tokenize again") from None
-        if codes.max() >= self.codebook_size:
-            raise InputError(
-                f"{place} has visual code {codes.max()}, the codebook has {self.codebook_size}: tokenize again"
-            )
-        return MediaSample(key, media, captions)
+            with path.open("rb") as file:
+                for raw in _raw_samples(path, file):
+                    yield raw
+                    count += 1
+        except (OSError, tarfile.TarError) as error:
+            raise InputError(f"cannot read shard {path} ({error}): tokenize again") from None
+        if count != shard.samples:
+            raise InputError(f"{path} holds {count} samples, the manifest says {shard.samples}: tokenize again")
+
+    def read_at(self, shard: TokenizedShard, offset: int) -> MediaSample:
+        """The sample whose first member begins at `offset` of a shard.
+
+        Raises:
+            InputError: as `samples`.
+        """
+        path = self.path / shard.name
+        try:
+            with path.open("rb") as file:
+                file.seek(offset)
+                return self.parse(next(_raw_samples(path, file)))
+        except (OSError, tarfile.TarError, StopIteration) as error:
+            raise InputError(f"cannot read shard {path} ({error}): tokenize again") from None
+
+    def parse(self, raw: RawSample) -> MediaSample:
+        """Raises InputError: a damaged sample, or a code outside the codebook."""
+        return parse_sample(raw, self.codebook_size)
 
 
-def _tar_samples(path: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {suffix: content}) of neighbouring members of one key; suffix is what follows a name's first dot."""
+def parse_sample(raw: RawSample, codebook_size: int) -> MediaSample:
+    """Raises InputError: a damaged sample, or a code outside the codebook."""
     try:
-        with tarfile.open(path, "r:") as tar:
-            files = ((*_split_name(member.name), member) for member in tar if member.isfile())
-            for key, group in itertools.groupby(files, key=lambda file: file[0]):
-                yield key, {suffix: _read_member(tar, member) for _, suffix, member in group}
-    except (OSError, tarfile.TarError) as error:
-        raise InputError(f"cannot read shard {path} ({error}): tokenize again") from None
+        facts = json.loads(raw.parts["json"])
+        codes = np.load(io.BytesIO(raw.parts["codes.npy"]), allow_pickle=False)
+        key, kind, captions = str(facts["key"]), facts["kind"], tuple(facts["captions"])
+        media = Image(codes) if kind == "image" else Video(codes, facts["frame_rate_mhz"], facts["duration_ms"])
+    except (KeyError, TypeError, ValueError) as error:  # ValueError: JSON, npy, and InputError of Image and Video
+        raise InputError(f"{raw.place} is damaged ({error!r}): tokenize again") from None
+    if codes.max() >= codebook_size:
+        raise InputError(f"{raw.place} has visual code {codes.max()}, the codebook has {codebook_size}: tokenize again")
+    return MediaSample(key, media, captions)
+
+
+def _raw_samples(path: Path, file: BinaryIO) -> Iterator[RawSample]:
+    """Neighbouring members of one key are a sample; a suffix that comes again begins another one of the same key."""
+    sample: RawSample | None = None
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            if not member.isfile():
+                continue
+            key, suffix = _split_name(member.name)
+            place = f"{path}: {key}"
+            if sample is None or place != sample.place or suffix in sample.parts:
+                if sample is not None:
+                    yield sample
+                sample = RawSample(place, {}, member.offset)
+            content: Any = tar.extractfile(member)  # not None: the member is a file
+            sample.parts[suffix] = content.read()
+            tar.members = []  # tarfile would keep every header it has seen
+    if sample is not None:
+        yield sample
 
 
 def _split_name(name: str) -> tuple[str, str]:
     key, suffix = re.fullmatch(r"((?:.*/)?[^./]*)\.?([^/]*)", name).groups()
     return key, suffix
-
-
-def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: Any = tar.extractfile(member)  # not None: the member is a file
-    return file.read()

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from megatron_ext.data.indexed import KINDS, DocumentDataset
+from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.loader import Loader
+from megatron_ext.data.sidecar import KINDS
 from megatron_ext.data.windows import PackedDataset, Piece
 from megatron_ext.vocab import Segment, Text, Video, Vocabulary, decode_document, encode_block_start
 

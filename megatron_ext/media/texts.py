@@ -10,10 +10,10 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from megatron_ext.config import InputError
 
@@ -63,7 +63,7 @@ def read_texts(
     Raises:
         InputError: the file cannot be read, or is damaged, or a Parquet file has no such column of strings.
     """
-    try:
+    with _naming(path):
         documents = (
             _parquet(path, field, on_read) if path.suffix == ".parquet" else _lines_of(path, unit, field, on_read)
         )
@@ -74,6 +74,34 @@ def read_texts(
                 yield BadText(f"{path}:{place}", NOT_UNICODE)
             else:
                 yield f"{path.as_posix()}#{number}", text
+
+
+def read_rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[str, dict[str, Any]] | BadText]:
+    """(source key, row) of each row of .jsonl (.ndjson, .json; also .gz or .zst) and .parquet; see `read_texts`.
+
+    The key is the row's own `key`, else the path, `#` and a number from 1. What is no object, or holds a text that is
+    not UTF-8, comes as a BadText.
+
+    Raises:
+        InputError: the file cannot be read, or is damaged, or has another suffix.
+    """
+    if path.suffix != ".parquet" and _inner_suffix(path) not in _JSON_LINES:
+        raise InputError(f"{path} has no rows: give .jsonl or .parquet")
+    with _naming(path):
+        for number, (place, row) in enumerate(_rows(path, on_read), 1):
+            if not isinstance(row, dict):
+                yield BadText(f"{path}:{place}", "no JSON object")
+            elif not is_unicode(json.dumps(row, ensure_ascii=False)):
+                yield BadText(f"{path}:{place}", NOT_UNICODE)
+            else:
+                yield str(row.get("key") or f"{path.as_posix()}#{number}"), row
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """What is wrong with a file becomes an InputError that names it."""
+    try:
+        yield
     except InputError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip raises the first three, pyarrow ValueErrors
@@ -99,14 +127,41 @@ def _lines_of(
     path: Path, unit: TextUnit, field: str, on_read: Callable[[int], None]
 ) -> Iterator[tuple[int, str | None]]:
     """(first line, text) of each document of a text file or of JSON lines."""
-    compressed = path.suffix in (".gz", ".zst")
-    suffix = Path(path.stem).suffix if compressed else path.suffix
-    with path.open("rb") as raw, closing(_decompressed(raw, path.suffix)) as file:
-        lines = _lines(file, raw, on_read)
-        if suffix in _JSON_LINES:
+    with _open_lines(path, on_read) as lines:
+        if _inner_suffix(path) in _JSON_LINES:
             yield from ((line.number, _json_text(line.text, field)) for line in lines if line.text.strip())
         else:
             yield from _units(lines, unit)
+
+
+def _inner_suffix(path: Path) -> str:
+    """What the name says of the content, compressed or not."""
+    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+
+
+@contextmanager
+def _open_lines(path: Path, on_read: Callable[[int], None]) -> Iterator[Iterator[_Line]]:
+    with path.open("rb") as raw, closing(_decompressed(raw, path.suffix)) as file:
+        yield _lines(file, raw, on_read)
+
+
+def _rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
+    """(line or row from 1, what it holds)."""
+    if path.suffix == ".parquet":
+        yield from enumerate(_parquet_rows(path, None, on_read), 1)
+        return
+    with _open_lines(path, on_read) as lines:
+        for line in lines:
+            if line.text.strip():
+                yield line.number, _json(line.text)
+
+
+def _json(line: str) -> Any:
+    """What a line of JSON holds; None where it is none."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
@@ -145,27 +200,31 @@ def _units(lines: Iterable[_Line], unit: TextUnit) -> Iterator[tuple[int, str]]:
 
 def _json_text(line: str, field: str) -> str | None:
     """A JSON object's string `field`; None where there is none."""
-    try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError):
-        return None
+    row = _json(line)
+    text = row.get(field) if isinstance(row, dict) else None
     return text if isinstance(text, str) else None
 
 
 def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
     """(row from 1, text) of a Parquet file's column of strings."""
+    for number, row in enumerate(_parquet_rows(path, field, on_read), 1):
+        yield number, row[field]
+
+
+def _parquet_rows(path: Path, field: str | None, on_read: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file: all columns, or the column of strings `field`."""
     import pyarrow
     import pyarrow.parquet
 
     size = path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
         types = {column.name: column.type for column in file.schema_arrow}
-        if types.get(field) not in (pyarrow.string(), pyarrow.large_string()):
+        if field is not None and types.get(field) not in (pyarrow.string(), pyarrow.large_string()):
             found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
             raise InputError(f"{path} has no column {field!r} of strings; it has {found}")
         rows, first = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[field]):
-            yield from enumerate(batch.column(0).to_pylist(), first + 1)
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=None if field is None else [field]):
+            yield from batch.to_pylist()
             done = first + len(batch)
             on_read(size * done // rows - size * first // rows)
             first = done

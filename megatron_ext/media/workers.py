@@ -36,8 +36,10 @@ class WorkerPool(Generic[Item, Result]):
     def __init__(self, function: Callable[[Item], Result], count: int) -> None:
         """`count` processes start at once; with 0 the function is applied in this one.
 
-        `function` must be picklable and defined in a module that does not need this program.
+        `function` must be picklable, and defined in a module: a process does not import the program that is run.
         """
+        if count and getattr(function, "__module__", None) == "__main__":
+            raise ValueError(f"{function} is defined in the program that runs: move it into a module")
         self._function = function
         self._count = count
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -55,6 +57,8 @@ class WorkerPool(Generic[Item, Result]):
         for worker in self._workers:
             worker.end()
         self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:  # one may have been replaced in between
+            worker.end()
 
     @property
     def process_ids(self) -> list[int]:

@@ -145,7 +145,7 @@ class CodesFolder:
         return self._write(chunk.name, record, self._tar(samples))
 
     def records(self, parts: int) -> dict[str, Record]:
-        """Name -> record of all chunks of inputs 0 to `parts` - 1, in order.
+        """Name -> record of all chunks of inputs 0 to `parts` - 1, in order, `hashes` in the place of their keys.
 
         Of a key that several samples have the first keeps it; the others are taken out of their shards, and are
         skipped with that reason.
@@ -161,14 +161,14 @@ class CodesFolder:
                 name = _name(part, number)
                 record = self._complete(name)
                 if first and record and record["chunks"] == first["chunks"]:
-                    found[name] = record
+                    found[name] = _hashed(record)
                 else:
                     missing.append(name)
         if missing:
             named = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             raise InputError(f"{self.folder}: {len(missing)} shards are not finished ({named}): run their jobs again")
-        for name, keys in _duplicates(found).items():
-            found[name] = self._without(name, found[name], keys)
+        for name, keys in self._duplicates(found).items():
+            found[name] = _hashed(self._without(name, keys))
         return found
 
     def complete(self, records: dict[str, Record]) -> dict[str, Any]:
@@ -184,7 +184,7 @@ class CodesFolder:
             "without_captions": sum(record["without_captions"] for record in records.values()),
             "skipped": len(skipped),
             "shards": [
-                {"name": tar["name"], "sha256": tar["sha256"], "samples": len(record["keys"])} for tar, record in tars
+                {"name": tar["name"], "sha256": tar["sha256"], "samples": len(record["hashes"])} for tar, record in tars
             ],
         }
         if _read(self.folder / MANIFEST) == manifest:
@@ -209,8 +209,24 @@ class CodesFolder:
         except OSError:
             return None
 
-    def _without(self, name: str, record: Record, keys: dict[str, str]) -> Record:
+    def _duplicates(self, records: dict[str, Record]) -> dict[str, dict[str, str]]:
+        """Of each chunk with keys that an earlier one has: key -> the earlier one's name."""
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(record["hashes"] for record in records.values())])
+        hashes.sort()
+        suspects = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        holder: dict[str, str] = {}
+        found: dict[str, dict[str, str]] = {}
+        for name, record in records.items():
+            places = np.flatnonzero(np.isin(record["hashes"], suspects))
+            keys = json.loads(self._record(name).read_text(encoding="utf-8"))["keys"] if len(places) else []
+            for key in (keys[place] for place in places):
+                if holder.setdefault(key, name) != name:
+                    found.setdefault(name, {})[key] = holder[key]
+        return found
+
+    def _without(self, name: str, keys: dict[str, str]) -> Record:
         """The record, and the shard, without the samples of `keys` (key -> who has it)."""
+        record = json.loads(self._record(name).read_text(encoding="utf-8"))
         samples = [(json.loads(files[1][1]), files) for files in _samples(self.folder / record["tar"]["name"])]
         kept = [(fields, files) for fields, files in samples if fields["key"] not in keys]
         skipped = []
@@ -274,21 +290,9 @@ def _name(part: int, chunk: int) -> str:
     return f"codes-{part:05d}-{chunk:05d}"
 
 
-def _duplicates(records: dict[str, Record]) -> dict[str, dict[str, str]]:
-    """Of each chunk with keys that an earlier one has: key -> the earlier one's name."""
-    # Hashes first: 8 bytes for each of perhaps a billion keys.
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(_hashes(record["keys"]) for record in records.values())])
-    hashes.sort()
-    suspects = set(hashes[1:][hashes[1:] == hashes[:-1]].tolist())
-    if not suspects:
-        return {}
-    holder: dict[str, str] = {}
-    found: dict[str, dict[str, str]] = {}
-    for name, record in records.items():
-        for key, number in zip(record["keys"], _hashes(record["keys"]).tolist(), strict=True):
-            if number in suspects and holder.setdefault(key, name) != name:
-                found.setdefault(name, {})[key] = holder[key]
-    return found
+def _hashed(record: Record) -> Record:
+    """The record with its keys as hashes: 8 bytes for each of perhaps a billion."""
+    return {name: value for name, value in record.items() if name != "keys"} | {"hashes": _hashes(record["keys"])}
 
 
 def _hashes(keys: list[str]) -> np.ndarray:

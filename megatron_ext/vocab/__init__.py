@@ -10,6 +10,7 @@ from megatron_ext.vocab.document import (
     decode_document,
     encode_block_start,
     encode_document,
+    segment_spans,
     spans,
 )
 from megatron_ext.vocab.grammar import Grammar, State, Violation
@@ -39,5 +40,6 @@ __all__ = [
     "encode_block_start",
     "encode_document",
     "layout_of",
+    "segment_spans",
     "spans",
 ]

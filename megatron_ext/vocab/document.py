@@ -263,10 +263,31 @@ def spans(ids_N: np.ndarray, vocabulary: "Vocabulary") -> np.ndarray:
     for start, stop, body, grid in _segments(_id_array(ids_N), vocabulary):
         if grid is None:
             continue
-        frame_stops = body + grid.frame_length(vocabulary.block) * np.arange(1, grid.frames + 1)
-        frame_stops[-1] = stop
-        unbreakable.append(np.stack([np.concatenate([[start], frame_stops[:-1]]), frame_stops], axis=1))
+        unbreakable.append(_frame_spans(start, body, stop, grid, vocabulary))
     return np.concatenate(unbreakable) if unbreakable else np.empty((0, 2), dtype=np.int64)
+
+
+def segment_spans(segments: Sequence[Segment], vocabulary: "Vocabulary") -> np.ndarray:
+    """The `spans` of the document that `encode_document` makes of these segments."""
+    unbreakable = [np.empty((0, 2), dtype=np.int64)]
+    start = 1
+    for segment in segments:
+        if isinstance(segment, Text):
+            start += len(segment.ids)
+            continue
+        grid = segment.grid
+        body = start + len(grid.meta) + 2  # SOV, one id per character, SOT
+        stop = body + grid.body_length(vocabulary.block)
+        unbreakable.append(_frame_spans(start, body, stop, grid, vocabulary))
+        start = stop
+    return np.concatenate(unbreakable)
+
+
+def _frame_spans(start: int, body: int, stop: int, grid: Grid, vocabulary: "Vocabulary") -> np.ndarray:
+    """int64 [frames, 2]: the spans of the block at `[start, stop)` whose frames begin at `body`."""
+    frame_stops = body + grid.frame_length(vocabulary.block) * np.arange(1, grid.frames + 1)
+    frame_stops[-1] = stop
+    return np.stack([np.concatenate([[start], frame_stops[:-1]]), frame_stops], axis=1)
 
 
 def _segments(ids_N: np.ndarray, vocabulary: "Vocabulary") -> Iterator[tuple[int, int, int, Grid | None]]:

@@ -54,6 +54,8 @@ COMES_WITH = {
     "nvidia": "the cuda extra",
     "rapidocr": "the curate extra",
     "boto3": "the s3 extra",
+    "openai": "the curate extra",
+    "scenedetect": "the curate extra",
     "botocore": "boto3",
     "wandb": "the wandb extra",
 }

@@ -8,7 +8,7 @@ import pytest
 
 from tests.architecture.source import ROOT
 
-DOCUMENTS = ("README.md", "docs/answers.md", "docs/conversion.md")
+DOCUMENTS = ("README.md", "docs/answers.md", "docs/conversion.md", "docs/preprocessing.md")
 
 
 def commands() -> list[list[str]]:

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
 from megatron_ext.config import InputError
-from megatron_ext.data import DocumentDataset, DocumentWriter, document_kind
+from megatron_ext.data import KINDS, DocumentDataset, DocumentWriter, document_kind
 from megatron_ext.vocab import Text, Vocabulary, decode_document, encode_document, spans
 from tests.unit.data.samples import (
     VISION_TOKENIZER,
@@ -151,3 +151,27 @@ def test_broken_datasets_are_refused_by_file(tmp_path, vocabulary, text_model):
     path = random_dataset(tmp_path / "d", vocabulary).parent / "d.manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
     refused(tmp_path / "d", "format version")
+
+
+def test_the_files_are_those_of_megatron_core_and_of_numpy(tmp_path, vocabulary):
+    """Ours are written in bounded memory; theirs are the oracles."""
+    written = documents(vocabulary)
+    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=np.int32)
+    for segments in written:
+        ids = encode_document(segments, vocabulary)
+        builder.add_document(ids, [len(ids)])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    prefix = write_dataset(tmp_path / "ours", vocabulary, written)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
+    bounds = [spans(encode_document(segments, vocabulary), vocabulary) for segments in written]
+    keys = [f"key/{number}".encode() for number in range(len(written))]
+    np.savez(
+        tmp_path / "theirs.npz",
+        kinds=np.array([KINDS.index(document_kind(segments)) for segments in written], np.uint8),
+        key_offsets=np.cumsum([0, *map(len, keys)]),
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
+        span_offsets=np.cumsum([0, *map(len, bounds)]),
+        span_bounds=np.concatenate(bounds).astype(np.int32),
+    )
+    assert prefix.with_name("ours.spans.npz").read_bytes() == (tmp_path / "theirs.npz").read_bytes()

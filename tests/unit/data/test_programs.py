@@ -109,7 +109,7 @@ def test_reruns_give_the_same_bytes(inputs):
     for output in ("a/set", "b/set"):
         preprocess_data.main(arguments(inputs, output, valid_fraction=0.3))
     files = [path.relative_to(inputs / "a") for path in (inputs / "a").rglob("*") if path.is_file()]
-    assert len(files) == 12
+    assert len(files) == 13
     assert all((inputs / "a" / path).read_bytes() == (inputs / "b" / path).read_bytes() for path in files)
 
 
@@ -142,6 +142,7 @@ def test_bad_media_are_refused(inputs):
     edit_manifest(inputs / "codes", codebook_size=CODEBOOK_SIZE, samples={"image": 99, "video": 0})
     with pytest.raises(InputError, match="holds 32 samples, its manifest says 99"):
         preprocess_data.main(arguments(inputs))
+    edit_manifest(inputs / "codes", samples={"image": 31, "video": 1})
     other = write_tokenized_folder(inputs / "other", {"x": (np.ones((1, 1), int), [])}, vision_tokenizer="ffff")
     with pytest.raises(InputError, match="made by vision tokenizer"):
         preprocess_data.main(arguments(inputs, vision=[str(inputs / "codes"), str(other)]))

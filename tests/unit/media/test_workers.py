@@ -61,3 +61,9 @@ def test_a_bug_is_no_unusable_item(tmp_path):
         pytest.raises(RuntimeError, match=r"(?s)worker process.*KeyError: 'thirteen'"),
     ):
         list(pool.map([1, 13]))
+
+
+def test_a_function_of_the_program_itself_is_refused(monkeypatch):
+    monkeypatch.setattr(Square, "__module__", "__main__")
+    with pytest.raises(ValueError, match="move it into a module"):
+        WorkerPool(Square(Path()), 1)

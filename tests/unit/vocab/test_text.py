@@ -102,6 +102,14 @@ def test_batch_equals_one_by_one(vocabulary: Vocabulary) -> None:
     assert text.encode_batch([]) == []
 
 
+@pytest.mark.parametrize("texts", [[], [""], ["a", "", *ADVERSARIAL, ""], ADVERSARIAL * 50])
+def test_arrays_hold_the_batch(texts: list[str], vocabulary: Vocabulary) -> None:
+    ids_N, ends = vocabulary.text.encode_arrays(texts)
+    assert (ids_N.dtype, ends.dtype) == (np.int32, np.int64) and len(ends) == len(texts)
+    lists = [part.tolist() for part in np.split(ids_N, ends)[:-1]]
+    assert lists == [vocabulary.text.encode(text) for text in texts] and sum(map(len, lists)) == len(ids_N)
+
+
 def test_sentencepiece_unknown_is_not_text(custom: Vocabulary) -> None:
     assert custom.text.pieces()[0] == b""
     assert custom.text_ranges == ((1, custom.layout.text_size),)

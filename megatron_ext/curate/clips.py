@@ -1,0 +1,139 @@
+"""Clips of a video: the frames that filters look at, and the clip as a file of its own.
+
+Shapes: T frames, H W pixels, C colour channels.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import av
+import numpy as np
+
+from megatron_ext.config import InputError
+from megatron_ext.curate.scenes import Span
+from megatron_ext.curate.video import Video, evenly_spaced, upright
+from megatron_ext.media import MediaError
+from megatron_ext.media.samples import Extent
+
+LOOKED_AT_EDGE = 256
+"""Pixels of the shorter edge of the frames that are looked at (Emu3 paper, section 2.1)."""
+
+LOOKED_AT_RATE = 2.0
+"""Frames per second that are looked at (the same)."""
+
+AESTHETIC_FRAMES = 3
+"""Frames of a clip whose aesthetic score counts, by the worst of them (the same); their places are unpublished."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingConfig:
+    """How clips are written: H.264 in MP4, without sound, with the time stamps of the source."""
+
+    crf: int = 17
+    """libx264's constant rate factor: 0 loses nothing, 17 is hard to tell from the source, 51 is worst."""
+
+    preset: str = "medium"
+    """libx264's preset: slower ones make smaller files."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.crf <= 51:
+            raise InputError(f"encoding.crf = {self.crf}: must be in 0..51")
+        if self.preset not in PRESETS:
+            raise InputError(f"encoding.preset = {self.preset!r}: give one of {', '.join(PRESETS)}")
+
+
+PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
+
+
+def frames_of(video: Video, span: Span) -> Iterator[av.VideoFrame]:
+    """The frames of a span."""
+    return itertools.takewhile(lambda frame: frame.pts < span.end_stamp, video.frames(span.first_stamp))
+
+
+def looked_at(video: Video, span: Span) -> np.ndarray:
+    """The frames that filters look at: RGB uint8 [T, H, W, C], of one size, turned as they are shown.
+
+    Raises:
+        MediaError: they cannot be decoded.
+    """
+    step = Fraction(1 / LOOKED_AT_RATE) / video.unit
+    found: list[np.ndarray] = []
+    wanted = Fraction(span.first_stamp)
+    current: av.VideoFrame | None = None
+
+    def look(until: int) -> None:
+        """The frame on show at each time is the last one that is not later."""
+        nonlocal wanted
+        while current is not None and wanted < until:
+            found.append(upright(current, LOOKED_AT_EDGE))
+            wanted += step
+
+    for frame in frames_of(video, span):
+        look(frame.pts)
+        current = frame
+    look(span.end_stamp)
+    if not found:
+        raise MediaError(f"no frame from {span.start_s:g} s on can be decoded")
+    height, width = found[0].shape[:2]
+    same = [frame for frame in found if frame.shape[:2] == (height, width)]
+    if len(same) < len(found):
+        raise MediaError("the picture size changes within a scene")
+    return np.stack(same)
+
+
+def aesthetic_frames(frames_THWC: np.ndarray) -> np.ndarray:
+    """AESTHETIC_FRAMES of the frames looked at, evenly spaced; each as often as needed, of a clip that has fewer."""
+    places = evenly_spaced(0, len(frames_THWC), AESTHETIC_FRAMES)
+    return frames_THWC[[int(place) for place in places]]
+
+
+def clip_file(extent: Extent, span: Span, suffix: str, encoding: EncodingConfig) -> tuple[bytes, str]:
+    """(bytes, suffix) of a clip's file: a whole video as it is, with its own `suffix`; a part encoded anew as MP4.
+
+    Equal frames and options give equal bytes.
+
+    Raises:
+        MediaError: its frames cannot be decoded.
+    """
+    if span.is_whole:
+        return extent.read(), suffix
+    with Video(extent) as video:
+        return _encoded(video, span, encoding), "mp4"
+
+
+def _encoded(video: Video, span: Span, encoding: EncodingConfig) -> bytes:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = None
+        for frame in frames_of(video, span):
+            picture = _encodable(frame)
+            if stream is None:
+                stream = container.add_stream("libx264", rate=video.frame_rate)
+                stream.codec_context.thread_count = 1  # more of them change the bytes
+                stream.codec_context.time_base = video.unit
+                stream.options = {"crf": str(encoding.crf), "preset": encoding.preset}
+                stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
+                for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
+                    setattr(stream.codec_context, name, getattr(frame, name))
+            if (picture.width, picture.height) != (stream.width, stream.height):
+                raise MediaError("the picture size changes within a scene")
+            picture.pts, picture.time_base = frame.pts - span.first_stamp, video.unit
+            picture.pict_type = av.video.frame.PictureType.NONE  # the source's kind of frame would be forced on it
+            container.mux(stream.encode(picture))
+        if stream is None:
+            raise MediaError(f"no frame from {span.start_s:g} s on can be decoded")
+        container.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+def _encodable(frame: av.VideoFrame) -> av.VideoFrame:
+    """The frame as YUV 4:2:0, upright, its sides cut to even numbers."""
+    height, width = frame.height - frame.height % 2, frame.width - frame.width % 2
+    turns = round(frame.rotation / 90) % 4
+    if not turns and (height, width) == (frame.height, frame.width):
+        return frame.reformat(format="yuv420p")
+    pixels = np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], k=turns)
+    return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="yuv420p")

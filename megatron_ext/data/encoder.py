@@ -1,0 +1,165 @@
+"""From what was read to encoded documents of each split; in this process or in workers."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import signal
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+
+from megatron_ext.config import InputError
+from megatron_ext.data.drafts import Lookup, caption_drafts, row_draft
+from megatron_ext.data.draws import draw
+from megatron_ext.data.encoded import Draft, EncodedDocuments, encode_drafts
+from megatron_ext.data.inputs import Batch
+from megatron_ext.data.near_duplicates import PictureClusters
+from megatron_ext.data.options import PreprocessConfig
+from megatron_ext.data.shingles import text_signatures
+from megatron_ext.data.sources import MediaSample, RawSample, parse_sample
+from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
+from megatron_ext.vocab import Vocabulary
+
+TRAIN, VALID = "train", "valid"
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What became of a batch."""
+
+    documents: dict[str, EncodedDocuments] = field(default_factory=dict)
+    """By split."""
+    samples: int = 0
+    """Pictures, clips, rows and texts, the bad ones included."""
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    """(source, reason)."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Captions and texts without a character: passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """What encodes batches; a function of each batch alone."""
+
+    config: PreprocessConfig
+    vocabulary: Vocabulary
+    lookup: Lookup
+    clusters: PictureClusters
+
+    def encode(self, batch: Batch) -> Result:
+        """Raises InputError: a damaged tokenized sample."""
+        result = Result(samples=len(batch.items))
+        good = _without_bad(batch.items, result)
+        drafts = {"media": self._of_media, "rows": self._of_rows, "text": self._of_texts}[batch.kind](good, result)
+        by_split: dict[str, list[Draft]] = {}
+        for group, draft in drafts:
+            by_split.setdefault(self._split(group), []).append(draft)
+        result.documents = {split: encode_drafts(each, self.vocabulary) for split, each in by_split.items()}
+        return result
+
+    def _split(self, group: str) -> str:
+        held_out = self.config.valid_fraction and draw("valid", group) < self.config.valid_fraction
+        return VALID if held_out else TRAIN
+
+    def _of_media(self, items: Iterable[RawSample], result: Result) -> Iterator[tuple[str, Draft]]:
+        for raw in items:
+            sample = parse_sample(raw, self.vocabulary.layout.codebook_size)
+            for document in self._of_sample(sample, result):
+                yield self.clusters.group(sample.key), document
+
+    def _of_sample(self, sample: MediaSample, result: Result) -> Iterator[Draft]:
+        captions = [caption.strip() for caption in sample.captions]
+        result.left_out["empty captions"] += captions.count("")
+        captions = [caption for caption in captions if caption]
+        if not all(map(is_unicode, captions)):
+            result.bad.append((sample.key, f"a caption is {NOT_UNICODE}"))
+        elif captions:
+            yield from caption_drafts(sample.key, sample.media, captions, self.config)
+        elif self.config.missing_caption == "keep":
+            yield Draft(sample.key, (sample.media,))
+        else:
+            result.bad.append((sample.key, "it has no caption"))
+
+    def _of_rows(self, items: Iterable[tuple[str, dict]], result: Result) -> Iterator[tuple[str, Draft]]:
+        """The first picture of a row decides its side; where it has none, its text."""
+        for key, row in items:
+            seen: list[str] = []
+
+            def find(media_key: str, seen: list[str] = seen) -> MediaSample | None:
+                seen.append(media_key)
+                return self.lookup(media_key)
+
+            try:
+                document = row_draft(key, row, find, self.config)
+            except InputError as error:
+                result.bad.append((key, str(error)))
+                continue
+            yield self.clusters.group(seen[0]) if seen else self._text_groups(["".join(document.parts)])[0], document
+
+    def _of_texts(self, items: Iterable[tuple[str, str]], result: Result) -> Iterator[tuple[str, Draft]]:
+        texts = list(items)
+        filled = [(key, text) for key, text in texts if text.strip()]
+        result.left_out["empty texts"] += len(texts) - len(filled)
+        groups = self._text_groups([text for _, text in filled])
+        for (key, text), group in zip(filled, groups, strict=True):
+            yield group, Draft(key, (text,))
+
+    def _text_groups(self, texts: list[str]) -> list[str]:
+        if not self.config.valid_fraction:  # nobody asks for the side
+            return [""] * len(texts)
+        return [f"text:{signature:016x}" for signature in text_signatures(texts).tolist()]
+
+
+def _without_bad(items: Iterable, result: Result) -> Iterator:
+    """The items that can be used; the others are noted as they come."""
+    for item in items:
+        if isinstance(item, BadText):
+            result.bad.append((item.place, item.reason))
+        else:
+            yield item
+
+
+_encoder: Encoder | None = None  # of a worker process
+
+
+def _begin(encoder: Encoder) -> None:
+    global _encoder
+    _encoder = encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    # A parent that was killed says nothing to its workers: the kernel shall.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _encode(batch: Batch) -> Result:
+    return _encoder.encode(batch)
+
+
+def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[Result]:
+    """The result of each batch, in their order.
+
+    Raises:
+        InputError: as `Encoder.encode`; a worker process was killed.
+    """
+    if workers == 1:
+        yield from map(encoder.encode, batches)
+        return
+    # Forked, so that the index of media and the clusters are shared, not copied.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (encoder,))
+    with contextlib.ExitStack() as stack:
+        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
+        pending: deque = deque()
+        try:
+            for batch in batches:
+                pending.append(pool.submit(_encode, batch))
+                if len(pending) > 2 * workers:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        except BrokenProcessPool:
+            raise InputError(
+                f"workers = {workers}: a worker process was killed; if memory ran out, give fewer workers; start again"
+            ) from None
