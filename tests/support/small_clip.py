@@ -39,7 +39,8 @@ def head_weights(layout: str, seed: int = 0) -> dict[str, Tensor]:
         sizes = {f"layers.{n}.": (widths[i + 1], widths[i]) for i, n in enumerate((0, 2, 4, 6, 7))}
     weights = {}
     for prefix, (rows, columns) in sizes.items():
-        weights[prefix + "weight"] = torch.randn(rows, columns, generator=generator) / math.sqrt(columns)
+        # Wide, because the embeddings of a random CLIP lie close together.
+        weights[prefix + "weight"] = torch.randn(rows, columns, generator=generator) * math.sqrt(4 / columns)
         weights[prefix + "bias"] = torch.full((rows,), 5.5 if rows == 1 else 0.0)
     return weights
 

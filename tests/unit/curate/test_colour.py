@@ -24,7 +24,7 @@ def test_photographs(path):
     # The smallest of the coloured ones: pisa 3.14; cameraman is a grey one, 0.02.
     assert (colour_spread(picture_HWC) >= THRESHOLD) == (path.stem != "cameraman")
     for dark, light in (((0, 0, 0), (255, 230, 173)), ((10, 10, 120), (255, 204, 128)), ((0, 0, 0), (77, 128, 255))):
-        assert colour_spread(tinted(picture_HWC, dark, light)) < 2.5  # measured: up to 1.9
+        assert colour_spread(tinted(picture_HWC, dark, light)) < 2.5  # measured: up to 1.61
 
 
 def test_grey_has_none():
@@ -38,4 +38,4 @@ def test_two_colours_of_one_lightness():
     assert colour_spread(picture) < 1e-4
     picture[:, 20:] = 127
     half = np.hypot(80.09, 67.20) / 2
-    assert colour_spread(picture) == pytest.approx(half, abs=0.1)  # measured: 0.01
+    assert colour_spread(picture) == pytest.approx(half, abs=0.1)  # measured: 0.003

@@ -183,7 +183,7 @@ def test_aesthetic_scores_and_rescue(tmp_path):
     """Photographs and a page of text, with a threshold in the middle of the scores that plain torch gives."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    names = ("astronaut", "cameraman", "fig", "hens", "macaw", "rocket")
+    names = ("astronaut", "cameraman", "fig", "hens", "macaw")
     for name in names:
         content = (ROOT / "examples" / "media" / "images" / f"{name}.jpg").read_bytes()
         (pictures / f"{name}.jpg").write_bytes(content)
@@ -207,7 +207,7 @@ def test_aesthetic_scores_and_rescue(tmp_path):
         assert row["text"] == share
         is_rescued = share is not None and share <= 0.05
         assert (row["verdict"] == "kept", row["rescued"]) == (is_above or is_rescued, is_rescued)
-    assert sum(row["rescued"] for row in rows.values()) >= 3
+    assert sum(row["rescued"] for row in rows.values()) >= 2
     assert "Kept although below the aesthetic score" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
@@ -215,9 +215,9 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     """The main process is killed with its workers at work; the second start keeps the pieces that were finished."""
     pictures = tmp_path / "pictures"
     pictures.mkdir()
-    for seed in range(60):
-        (pictures / f"p{seed}.jpg").write_bytes(encoded(clouds(seed, 600, 600), "JPEG", quality=90))
-    options = ["--inputs", json.dumps([str(pictures)]), "--piece_size", "4", "--kept", "tars"]
+    for seed in range(40):
+        (pictures / f"p{seed}.jpg").write_bytes(encoded(clouds(seed, 520, 520), "JPEG", quality=90))
+    options = ["--inputs", json.dumps([str(pictures)]), "--piece_size", "2", "--kept", "tars"]
     killed = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "tools.curate_images", *options, "--output", str(killed), "--workers", "1"],
@@ -229,8 +229,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     made = {path.name: path.stat().st_mtime_ns for path in first.parent.glob("part-*.parquet")}
-    assert 1 <= len(made) < 15
-    (killed / "parts" / ".part-000014.parquet.0123abcd.tmp").write_bytes(b"half")
+    assert 1 <= len(made) < 20
+    (killed / "parts" / ".part-000019.parquet.0123abcd.tmp").write_bytes(b"half")
     for output in (killed, tmp_path / "undisturbed"):
         main([*options, "--output", str(output), "--workers", "0"])
     found, expected = contents(killed), contents(tmp_path / "undisturbed")
