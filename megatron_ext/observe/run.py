@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from megatron_ext.config import writing
+from megatron_ext.config import InputError, writing
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe.lock import alone_in
 from megatron_ext.observe.profile import Profiler
@@ -80,7 +80,8 @@ class Run:
             try:
                 yield run
             except BaseException as error:
-                run.log_event("failure", error=f"{type(error).__name__}: {error}")
+                with contextlib.suppress(InputError):  # a full disk may be the failure
+                    run.log_event("failure", error=f"{type(error).__name__}: {error}")
                 raise
             finally:
                 run.close()
@@ -90,9 +91,13 @@ class Run:
 
         `metrics` holds `step`; a training line holds `loss`, an evaluation's only `valid_*`. Whatever depends on the
         wall clock stands under `timing`, so that two equal runs differ nowhere else.
+
+        Raises:
+            InputError: the folder cannot be written, such as on a full disk.
         """
-        for writer in self._writers:
-            writer.write(metrics)
+        with self._writing():
+            for writer in self._writers:
+                writer.write(metrics)
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
         """Show the picture file at `path` under `name` in TensorBoard, and in Weights & Biases."""
@@ -101,9 +106,10 @@ class Run:
                 writer.write_picture(name, path, step)
 
     def log_event(self, kind: str, **fields: Any) -> None:
-        """One line of events.jsonl: what happened and when (seconds since 1970)."""
+        """One line of events.jsonl: what happened and when (seconds since 1970). Raises as `log_metrics` does."""
         if self._events is not None:
-            self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
+            with self._writing():
+                self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
 
     def add_provenance(self, **facts: Any) -> None:
         """What is known only after the start, such as identities; before `truncate_after`, which writes it."""
@@ -151,6 +157,10 @@ class Run:
 
     def close(self) -> None:
         """Flush and close all files."""
-        for writer in (*self._writers, self._events):
-            if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
-                writer.close()
+        with self._writing():
+            for writer in (*self._writers, self._events):
+                if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
+                    writer.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._observe.run_dir, "observe.run_dir")

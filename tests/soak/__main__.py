@@ -33,7 +33,7 @@ from tests.support.small_run import write_small_run
 class SoakConfig:
     """Kill a small run again and again, and see that nothing is lost."""
 
-    kills: int = 104
+    kills: int = 100
     """How often: four rounds of all kinds."""
 
     seed: int | None = None
@@ -91,7 +91,7 @@ class Soak:
         return next(record["start_up_s"] for record in read_log(self.log) if "undisturbed" in record)
 
     def strike(self, striker: Striker, kill: Kill) -> dict[str, Any]:
-        """Carry out one kill and write it down, also where it broke something."""
+        """Carry out one kill and write it down."""
         record: dict[str, Any] = {"kill": kill.number, **{k: v for k, v in asdict(kill).items() if k != "number"}}
         record |= striker.strike(kill)
         self._write(record | {"time": round(time.time(), 1)})
@@ -104,20 +104,14 @@ class Soak:
         steps = len(found.steps)
         verdict = found.verdict if steps == self.steps else f"{steps} steps instead of {self.steps}"
         records = read_log(self.log)
-        resumes = len(striker.events.of("resume"))
-        self._write(
-            {"end": {
-                "verdict": verdict, "steps": steps, "resumes": resumes,
-                "starts": sum(record.get("starts", 0) for record in records) + striker.starts,
-                "save_failed": len(striker.events.of("save_failed")),
-                "minutes": round((time.time() - records[0]["began"]) / 60, 1),
-            }}
-        )  # fmt: skip
+        counts = {kind: len(striker.events.of(kind)) for kind in ("start", "resume", "save", "save_failed")}
+        minutes = round((time.time() - records[0]["began"]) / 60, 1)
+        self._write({"end": {"verdict": verdict, "steps": steps, **counts, "minutes": minutes}})
         return verdict
 
-    def stopped(self, striker: Striker) -> None:
-        """Write down that it was interrupted."""
-        self._write({"interrupted": round(time.time()), "starts": striker.starts})
+    def write_down(self, what: str, text: str) -> None:
+        """Add to the log that the soak was interrupted or `broken`, and by what."""
+        self._write({what: text, "time": round(time.time(), 1)})
 
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,8 +141,8 @@ def carry_out(soak: Soak) -> str:
                 flush=True,
             )
         return soak.verdict(striker)
-    except BaseException:
-        soak.stopped(striker)
+    except (Broken, KeyboardInterrupt) as error:
+        soak.write_down("broken" if isinstance(error, Broken) else "interrupted", str(error))
         raise
     finally:
         striker.stop()
@@ -167,7 +161,6 @@ def main(argv: list[str]) -> None:
     try:
         verdict = "equal" if any("end" in record for record in records) else carry_out(soak)
     except Broken as error:
-        soak._write({"broken": str(error)})
         print(f"BROKEN: {error}", file=sys.stderr)
         sys.exit(1)
     print(table(read_log(soak.log)))

@@ -32,15 +32,16 @@ Kind = tuple[str | None, str]
 """Target and moment."""
 
 KINDS: tuple[Kind, ...] = (
-    *[(RANK, ANY_TIME)] * 3,
-    *[(ALL_RANKS, ANY_TIME)] * 2,
-    *[(EVERYTHING, ANY_TIME)] * 2,
+    *[(RANK, ANY_TIME)] * 2,
+    (ALL_RANKS, ANY_TIME),
+    (EVERYTHING, ANY_TIME),
     (TORCHRUN, ANY_TIME),
-    *[(TERMINATE, ANY_TIME)] * 2,
+    (TERMINATE, ANY_TIME),
     *[(WRITER, "weights begun")] * 3,
+    (WRITER, "weights written"),
     (RANK, START_UP),
     (EVERYTHING, START_UP),
-    (ONE_FILE_FULL, "weights begun"),
+    *[(ONE_FILE_FULL, "weights begun")] * 2,
     (ONE_FILE_FULL, "manifest written"),
     (ALL_FILES_FULL, ANY_TIME),
     *[(None, moment) for moment in MOMENTS],

@@ -53,8 +53,6 @@ class Striker:
     run: Path
     start_up_s: float
     """An undisturbed start on this machine."""
-    starts: int = 0
-    """Of torchrun."""
     _job: Job | None = None
     _job_began: float = 0.0
     _came_up: int = 0
@@ -112,7 +110,6 @@ class Striker:
             self._came_up = len(self.events.of("resume"))
             self._job = Job.start(self.run)
             self._job_began = time.monotonic()
-            self.starts += 1
         return self._job
 
     # the moment

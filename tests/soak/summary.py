@@ -68,7 +68,7 @@ def _ending(records: Sequence[dict[str, Any]], kills: Sequence[dict[str, Any]]) 
         return f"{text}; not finished."
     (end,) = ends
     return (
-        f"{text}; {end['starts']} starts of torchrun, {end['resumes']} resumes, {end['save_failed']} failed saves in "
-        f"{end['minutes']:.0f} minutes. All {end['steps']} steps of metrics.jsonl outside `timing`: {end['verdict']}, "
+        f"{text}; {end['start']} starts, {end['resume']} that trained, {end['save']} saves, "
+        f"{end['save_failed']} failed saves, {end['minutes']:.0f} minutes. All {end['steps']} steps of metrics.jsonl outside `timing`: {end['verdict']}, "
         "compared with an undisturbed run. What a kill met on the disk:"
     )
