@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -126,14 +127,15 @@ class Soak:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def carry_out(soak: Soak) -> str:
-    """All kills that are left; the verdict."""
+def carry_out(soak: Soak, after: Callable[[int], object] = lambda number: None) -> str:
+    """All kills that are left, and `after(number)` each; the verdict."""
     print("first without a kill", flush=True)
     striker = Striker(soak.run, soak.run_undisturbed())
     left, began = soak.next_kills(), time.monotonic()
     try:
         for done, kill in enumerate(left, start=1):
             record = soak.strike(striker, kill)
+            after(kill.number)
             eta = (time.monotonic() - began) / done * (len(left) - done)
             print(
                 f"{kill.number + 1:>3}/{len(soak.plan)}  {kill.target}, {kill.moment}: step {record['last_step']}, "

@@ -60,15 +60,14 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _ending(records: Sequence[dict[str, Any]], kills: Sequence[dict[str, Any]]) -> str:
-    head = records[0]
     unusable = sum(bool(record["unusable"]) for record in kills)
+    text = f"{len(kills)} kills (seed {records[0]['seed']}), {unusable} unusable checkpoints"
     ends = [record["end"] for record in records if "end" in record]
-    text = f"{len(kills)} kills (seed {head['seed']}), {unusable} unusable checkpoints"
     if not ends:
         return f"{text}; not finished."
     (end,) = ends
     return (
-        f"{text}; {end['start']} starts, {end['resume']} that trained, {end['save']} saves, "
-        f"{end['save_failed']} failed saves, {end['minutes']:.0f} minutes. All {end['steps']} steps of metrics.jsonl outside `timing`: {end['verdict']}, "
-        "compared with an undisturbed run. What a kill met on the disk:"
+        f"{text}; {end['start']} starts, {end['resume']} of which came to train, {end['save']} saves, "
+        f"{end['save_failed']} failed saves, {end['minutes']:.0f} minutes. All {end['steps']} steps of metrics.jsonl "
+        f"outside `timing`, compared bit for bit with an undisturbed run: {end['verdict']}. What the kills met:"
     )
