@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -68,6 +69,7 @@ class Striker:
         self.watch = Watch(self.run)
         self.events = Events(self.run / "events.jsonl")
         self._resumes = len(self.events.of("resume"))
+        self._floor = examine(self.run)["latest"] or 0
 
     def strike(self, kill: Kill) -> dict[str, Any]:
         """What was done and found.
@@ -92,12 +94,14 @@ class Striker:
 
     def finish(self) -> None:
         """Let the run reach its last step."""
-        for _ in range(3):  # the job's last restarts may be used up
-            if self._started().torchrun.wait(PATIENCE_S) == 0:
-                self._check_resumes({"latest": None, "unusable": []})
-                return
-            self._job = None
-        raise Broken("the run does not reach its last step")
+        job = self._started()
+        try:
+            code = job.torchrun.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            code = None
+        if code != 0:
+            raise Broken(f"the run does not reach its last step:\n{job.tail()}")
+        self._check_resumes(examine(self.run))
 
     def stop(self) -> None:
         """Kill what runs."""
@@ -141,10 +145,12 @@ class Striker:
         while job.is_alive and time.monotonic() < moment and len(self.events.of("resume")) == self._came_up:
             time.sleep(0.02)
         if kill.target == plan.EVERYTHING:
-            return self._aim(job, kill)(), f"{time.monotonic() - self._job_began:.2f} s after the start"
-        while not (ranks := job.ranks()):
-            self._still(job, self._job_began, "a rank")
-        reached = send(signal.SIGKILL, [ranks[kill.rank % len(ranks)]])
+            reached = send(signal.SIGKILL, processes_of(self.run))  # also what a killed torchrun has left
+        else:
+            for _ in self._patiently(job, "a rank"):
+                if ranks := job.ranks():
+                    break
+            reached = send(signal.SIGKILL, [ranks[kill.rank % len(ranks)]])
         return reached, f"{time.monotonic() - self._job_began:.2f} s after the start"
 
     def _aim(self, job: Job, kill: Kill) -> Callable[[], int]:
