@@ -12,7 +12,7 @@ from tests.soak.__main__ import Soak, carry_out
 from tests.soak.job import Job, processes_of, send
 from tests.soak.plan import SHORT
 from tests.soak.strike import Events
-from tests.soak.summary import read_log, table
+from tests.soak.summary import BLOCK, DOCUMENT, LOG, read_log, table
 
 SEED = random.randrange(1 << 32)
 """Of the moments; in the message of every failure."""
@@ -95,6 +95,15 @@ def test_killed_on_one_layout_and_finished_on_another(soak):
     for ours, theirs in zip(found, undisturbed, strict=True):
         # A window out of order would change a loss by some 1e-2.
         assert ours == pytest.approx(theirs, rel=1e-5), f"seed {SEED}"  # measured 2e-7
+
+
+def test_the_documentation_shows_the_table_of_its_log():
+    docs = Path(__file__).parents[2] / "docs"
+    records = read_log(docs / LOG)
+    assert BLOCK.search((docs / DOCUMENT).read_text(encoding="utf-8"))[0] == table(records)
+    kills = [record for record in records if "kill" in record]
+    assert len(kills) >= 100 and not any(record["unusable"] for record in kills)
+    assert records[-1]["end"]["verdict"] == "equal"
 
 
 def test_the_plan_follows_from_the_seed():
