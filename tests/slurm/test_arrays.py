@@ -14,6 +14,8 @@ import torch
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
 from tests.slurm.cluster import Cluster, environment_of, kill_all, wait_until
 from tests.slurm.runs import ROOT, send
+from tests.unit.data.samples import train_text_tokenizer
+from tools import curate_images, preprocess_data
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -22,14 +24,15 @@ TOKENIZER = VisionTokenizerConfig(codebook_size=64, ch=32, ch_mult=(1, 1), num_r
 
 
 class Place:
-    """A folder with a tokenizer, on a cluster."""
+    """A folder with tokenizers, on a cluster."""
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
-        """Write the tokenizer."""
+        """Write the tokenizers."""
         self.cluster = cluster
         self.folder = folder
         torch.manual_seed(0)
         save_vision_tokenizer(MoVQGAN(TOKENIZER).eval(), folder / "tokenizer")
+        (folder / "text.model").write_bytes(train_text_tokenizer())
         self.environment = cluster.environment | {
             "PYTHON": sys.executable,
             "SBATCH_GPUS_PER_NODE": "",
@@ -59,6 +62,11 @@ class Place:
                 "inputs": f"[{ROOT}/examples/media/images]", "tokenizer": folder / "tokenizer", "shard_size": 2,
                 "output": into, "resize.min_pixels": 1024, "resize.max_pixels": 25600,
                 "decode_workers": 1, "device": "cpu",
+            },
+            "curate_images": {"inputs": f"[{ROOT}/examples/media/images]", "piece_size": 8, "output": into},
+            "preprocess_data": {
+                "text": f"[{ROOT}/examples/media/text/*.txt]", "output_prefix": into / "text", "vocab.layout": "custom",
+                "vocab.text_tokenizer": folder / "text.model", "vocab.codebook_size": TOKENIZER.codebook_size,
             },
         }  # fmt: skip
         return [f"--{name}={value}" for name, value in options[program].items()]
@@ -146,3 +154,14 @@ def test_the_tasks_make_what_one_process_makes(place):
     code, _, errors = result(alone)
     assert code == 0, errors
     assert tree(codes / "array") == tree(codes / "alone")
+
+
+@pytest.mark.parametrize("program", [curate_images, preprocess_data], ids=lambda module: module.__name__)
+def test_what_the_tasks_of_another_program_make(place, program):
+    name = Path(program.__file__).stem
+    _, merge = numbers(place.submit(name, "--array", "1-2"))
+    assert place.cluster.wait_for(merge, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", place.log(merge)
+    program.main(place.arguments(name, "alone"))
+    made, expected = (tree(place.folder / name / output) for output in ("array", "alone"))
+    data = {file for file in expected if file.endswith((".parquet", ".jsonl", ".bin", ".idx", ".npz"))}
+    assert len(data) >= 3 and all(made[file] == expected[file] for file in data)
