@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 # One thread per process: the multi-rank tests would otherwise fight for the cores. The quickstart sets its own.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 
-.PHONY: help check build test test-gpu test-slurm mutants quickstart clean
+.PHONY: help check build test test-gpu test-slurm mutants soak quickstart clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test-slurm: $(INSTALLED) ## the scripts in slurm/ under a real Slurm, which this
 
 mutants: $(INSTALLED) ## plant known bugs one by one: does a test catch each? ONLY='part of a name' picks some
 	$(BIN)/python -m tests.mutants $(if $(ONLY),"$(ONLY)")
+
+soak: $(INSTALLED) ## kill a small run 100 times: is a checkpoint lost, does a bit change? Goes on where it was interrupted
+	$(TEST_ENVIRONMENT) $(BIN)/python -m tests.soak
 
 quickstart: $(INSTALLED) ## the whole way on this machine: media, tokens, decoder, Hugging Face, pictures
 	$(BIN)/python examples/quickstart.py

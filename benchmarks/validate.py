@@ -47,7 +47,7 @@ def write(prefix: Path, vocabulary: Vocabulary, share: float, side: int, ids: in
     with DocumentWriter(prefix, vocabulary, "0" * 16) as writer:
         written = 0
         while written < ids:
-            segments: list[Segment] = [Text(rng.integers(0, 150_000, int(rng.lognormal(4 if share == 1 else 6.3))) + 1)]
+            segments: list[Segment] = [Text(rng.integers(0, 150_000, 1 + int(rng.lognormal(4 if share == 1 else 6.3))))]
             if rng.random() < share:
                 height = int(rng.integers(side * 3 // 4, side * 5 // 4))
                 codes = rng.integers(0, vocabulary.layout.codebook_size, (height, side * side // height))

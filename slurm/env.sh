@@ -29,3 +29,5 @@ PREFLIGHT=${PREFLIGHT:-yes}
 PREFLIGHT_OPTIONS=${PREFLIGHT_OPTIONS:-} # such as --min_disk_mbs 500
 # How often torchrun starts the ranks again on healthy nodes before the job ends and goes back into the queue.
 MAX_RESTARTS=${MAX_RESTARTS:-1}
+# How often a task of preprocess_array.sbatch that failed, or ran out of time, goes back into the queue.
+TASK_RESTARTS=${TASK_RESTARTS:-3}

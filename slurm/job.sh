@@ -12,10 +12,10 @@ in_queue() { [ -n "${SLURM_JOB_ID-}" ]; }
 # here COMMAND...: run Python beside the ranks, outside of srun.
 here() { "${CONTAINER[@]}" "$HOST_PYTHON" "$@"; }
 
-# submit SCRIPT: check what can be known, then put SCRIPT into the queue with the options QUEUE and the arguments PROGRAM.
+# submit SCRIPT OPTION...: put SCRIPT into the queue with the options QUEUE and OPTION... and the arguments PROGRAM.
 submit() {
     type -P sbatch >/dev/null || fail "sbatch is not there: run this on a login node of a Slurm cluster"
-    sbatch "${QUEUE[@]}" "$1" "${PROGRAM[@]}"
+    sbatch "${QUEUE[@]}" "${@:2}" "$1" "${PROGRAM[@]}"
 }
 
 # split PATTERN ARGUMENT...: what stands before the first argument that matches PATTERN is for sbatch, the rest for the
@@ -30,6 +30,25 @@ split() {
     done
     PROGRAM=("$@")
     [ $# -gt 0 ] || fail "no argument is $pattern: what comes before it is for sbatch, what follows for the program"
+}
+
+# take_array: move --array from QUEUE to ARRAY, and count its tasks in SHARDS. It must be one range: a task's place in it
+# is the shard that it does.
+take_array() {
+    local others=()
+    ARRAY=
+    set -- "${QUEUE[@]}"
+    while [ $# -gt 0 ]; do
+        case $1 in
+            -a | --array) ARRAY=${2-} && shift $(($# > 1)) ;;
+            --array=*) ARRAY=${1#*=} ;;
+            *) others+=("$1") ;;
+        esac
+        shift
+    done
+    [[ $ARRAY =~ ^([0-9]+)-([0-9]+)(%[0-9]+)?$ ]] || fail "--array '$ARRAY': give one range, such as 0-63 or 0-63%16"
+    SHARDS=$((BASH_REMATCH[2] - BASH_REMATCH[1] + 1))
+    QUEUE=("${others[@]}")
 }
 
 # ranks_per_node: --ntasks-per-node, else one for each GPU, else one.
@@ -74,15 +93,30 @@ step() {
 
 # settle: end the job as the run and its history say, or put it back into the queue.
 settle() {
-    local verdict=0 tries=10
+    local verdict=0
     here tools/job.py end --exit_code "$CODE" --time_limit "$TIME_LIMIT" \
         --state "$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)" <<<"$SETTINGS" || verdict=$?
     [ "$verdict" = 75 ] || exit "$verdict"
+    requeue
+}
+
+# requeue: put this job back into the queue, and end it.
+requeue() {
+    local tries=10
     until scontrol requeue "$SLURM_JOB_ID"; do
         [ $((tries--)) -gt 0 ] || fail "Slurm does not take job $SLURM_JOB_ID back into the queue: submit it again"
         sleep 30
     done
     exit 0
+}
+
+# try_again REASON: requeue a job that keeps what it has finished, as often as the site lets it. One that is not running
+# was ended by Slurm, which knows whether to start it again.
+try_again() {
+    [ "${SLURM_RESTART_COUNT:-0}" -lt "$TASK_RESTARTS" ] || return 0
+    [[ $(scontrol show job --oneliner "$SLURM_JOB_ID") == *JobState=RUNNING* ]] || return 0
+    echo "$1: back into the queue"
+    requeue
 }
 
 EMU3_SITE=${EMU3_SITE:-slurm/env.sh}

@@ -121,6 +121,10 @@ def main(argv: list[str]) -> None:
     config = load(CurateVideosConfig, argv, prog="curate_videos")
     console = Console(highlight=False)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)
+    if config.overwrite and shards > 1:
+        raise InputError(
+            f"overwrite with {shards} shards would remove what other jobs wrote: remove {config.output} by hand"
+        )
     pieces, digest = pieces_of(config.inputs, config.part_size)
     rater = _load_rater(config.aesthetic)
     table = PartTable(config.output, SCHEMA, made_by(config, digest, rater), overwrite=config.overwrite)
@@ -135,7 +139,7 @@ def main(argv: list[str]) -> None:
     missing = sum(not table.is_done(number) for number in range(len(pieces)))
     if missing:
         console.print(
-            f"{config.output}: {missing} of {len(pieces)} parts are other shards' and missing", soft_wrap=True
+            f"{config.output}: {missing} of {len(pieces)} parts, of other shards, are missing", soft_wrap=True
         )
     else:
         _merge(config, table, len(pieces), console)

@@ -168,7 +168,9 @@ class Asked:
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
     rules: PackingRules | None
-    cache_dir: str | None
+    vocabulary: Vocabulary | None = None
+    """None: the one beside each dataset."""
+    cache_dir: str | None = None
 
     @classmethod
     def of(cls, config: InspectConfig) -> "Asked":
@@ -177,7 +179,7 @@ class Asked:
         if bool(prefixes) == (config.blend is not None):
             raise InputError("give prefix, the path of a dataset without suffix, or blend, a pretraining configuration")
         if config.blend is None:
-            return cls(tuple(prefixes), (1.0,) * len(prefixes), config.rules, None)
+            return cls(tuple(prefixes), (1.0,) * len(prefixes), config.rules)
         run = load(RunConfig, ["--config", config.blend])
         if not run.data.train:
             raise InputError(f"{config.blend} names no dataset in data.train: add some")
@@ -187,14 +189,18 @@ class Asked:
             shortest_cut=SHORTEST_CUT if run.data.cut_text_to_fill else 0,
             seed=run.data.packing_seed,
         )
-        blend = run.data.train
-        return cls(
-            tuple(part.prefix for part in blend), tuple(part.weight for part in blend), rules, run.data.cache_dir
-        )
+        prefixes, weights = zip(*((part.prefix, part.weight) for part in run.data.train), strict=True)
+        return cls(prefixes, weights, rules, Vocabulary.load(run.vocab), run.data.cache_dir)
+
+    def datasets(self) -> list[DocumentDataset]:
+        """All of them, opened."""
+        if self.vocabulary is None:
+            return [DocumentDataset.open(Path(prefix)) for prefix in self.prefixes]
+        return [DocumentDataset(prefix, self.vocabulary, self.cache_dir) for prefix in self.prefixes]
 
 
 def survey(asked: Asked, datasets: Sequence[DocumentDataset], workers: int) -> list[Surveyed]:
-    """Count and pack the datasets. An index of theirs that training left is used; a new one is not kept."""
+    """Count and pack the datasets; the packing is kept nowhere but in a configuration's data.cache_dir."""
     surveyed = []
     names = [os.path.basename(prefix) for prefix in asked.prefixes]
     names = names if len(set(names)) == len(names) else list(asked.prefixes)
@@ -219,7 +225,7 @@ def inspect_datasets(config: InspectConfig) -> None:
     """
     asked = Asked.of(config)
     workers = config.workers or default_workers()
-    datasets = [DocumentDataset.open(Path(prefix)) for prefix in asked.prefixes]
+    datasets = asked.datasets()
     if config.document is not None:
         print("\n".join(show_document(datasets[0], config.document)))
         return
@@ -231,7 +237,8 @@ def inspect_datasets(config: InspectConfig) -> None:
     if config.validate:
         for dataset in datasets:
             validate(dataset, workers)
-        return
+        if config.output is None:
+            return
     surveyed = survey(asked, datasets, workers)
     _print_table(surveyed)
     if config.output is not None:

@@ -48,6 +48,11 @@ class EncodingConfig:
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
+REPRODUCIBLE = {"x264-params": "mbtree=0"}
+"""With x264's macroblock tree and B-frames (core 165, its assembler code) the bytes depend on what memory held before:
+8 encodings of one clip gave 3 different files, without the tree one."""
+
+
 def frames_of(video: Video, span: Span) -> Iterator[av.VideoFrame]:
     """The frames of a span."""
     return itertools.takewhile(lambda frame: frame.pts < span.end_stamp, video.frames(span.first_stamp))
@@ -114,7 +119,7 @@ def _encoded(video: Video, span: Span, encoding: EncodingConfig) -> bytes:
                 stream = container.add_stream("libx264", rate=video.frame_rate)
                 stream.codec_context.thread_count = 1  # more of them change the bytes
                 stream.codec_context.time_base = video.unit
-                stream.options = {"crf": str(encoding.crf), "preset": encoding.preset}
+                stream.options = {"crf": str(encoding.crf), "preset": encoding.preset, **REPRODUCIBLE}
                 stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
                 for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
                     setattr(stream.codec_context, name, getattr(frame, name))

@@ -10,13 +10,17 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from megatron_ext.config import writing
+from megatron_ext.config import InputError, writing
 from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.observe.lock import alone_in
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
 from megatron_ext.observe.weights_and_biases import WeightsAndBiases
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
 from megatron_ext.runtime import Topology
+
+EVENTS = "events.jsonl"
+"""Of the files that are never replaced: it carries the lock of the folder."""
 
 
 class Run:
@@ -44,7 +48,7 @@ class Run:
                 self._writers.append(TensorBoard(self.folder / "tensorboard"))
             if observe.wandb_project:
                 self._writers.append(WeightsAndBiases(observe.wandb_project, self.folder, self._config))
-            self._events = JsonLines(self.folder / "events.jsonl")
+            self._events = JsonLines(self.folder / EVENTS)
 
     @classmethod
     @contextlib.contextmanager
@@ -58,32 +62,42 @@ class Run:
         environment: Mapping[str, Any] | None = None,
     ) -> Iterator["Run"]:
         """Open the run folder and log event `start`: configuration, `environment` (versions, threads, layout),
-        and where the start comes from.
+        and where the start comes from. Another start in the folder is waited for.
 
         `total_steps` gives the console its `step n/total` and ETA. A start that ends by an exception logs event
         `failure` with it.
+
+        Raises:
+            InputError: the folder cannot be written, or another start does not end.
         """
-        with writing(observe.run_dir, "observe.run_dir"):
-            if is_main:
-                Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
-            run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
-        run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
-        try:
-            yield run
-        except BaseException as error:
-            run.log_event("failure", error=f"{type(error).__name__}: {error}")
-            raise
-        finally:
-            run.close()
+        with contextlib.ExitStack() as held:
+            with writing(observe.run_dir, "observe.run_dir"):
+                if is_main:
+                    Path(observe.run_dir).mkdir(parents=True, exist_ok=True)
+                    held.enter_context(alone_in(Path(observe.run_dir) / EVENTS, print))
+                run = cls(observe, is_main=is_main, config_yaml=config_yaml, total_steps=total_steps)
+            run.log_event("start", environment=environment or {}, config=run._config, provenance=run.provenance)
+            try:
+                yield run
+            except BaseException as error:
+                with contextlib.suppress(InputError):  # a full disk may be the failure
+                    run.log_event("failure", error=f"{type(error).__name__}: {error}")
+                raise
+            finally:
+                run.close()
 
     def log_metrics(self, metrics: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl, TensorBoard scalars, and a console line when one is due.
 
         `metrics` holds `step`; a training line holds `loss`, an evaluation's only `valid_*`. Whatever depends on the
         wall clock stands under `timing`, so that two equal runs differ nowhere else.
+
+        Raises:
+            InputError: the folder cannot be written, such as on a full disk.
         """
-        for writer in self._writers:
-            writer.write(metrics)
+        with self._writing():
+            for writer in self._writers:
+                writer.write(metrics)
 
     def log_picture(self, name: str, path: Path, *, step: int) -> None:
         """Show the picture file at `path` under `name` in TensorBoard, and in Weights & Biases."""
@@ -92,9 +106,10 @@ class Run:
                 writer.write_picture(name, path, step)
 
     def log_event(self, kind: str, **fields: Any) -> None:
-        """One line of events.jsonl: what happened and when (seconds since 1970)."""
+        """One line of events.jsonl: what happened and when (seconds since 1970). Raises as `log_metrics` does."""
         if self._events is not None:
-            self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
+            with self._writing():
+                self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
 
     def add_provenance(self, **facts: Any) -> None:
         """What is known only after the start, such as identities; before `truncate_after`, which writes it."""
@@ -142,6 +157,10 @@ class Run:
 
     def close(self) -> None:
         """Flush and close all files."""
-        for writer in (*self._writers, self._events):
-            if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
-                writer.close()
+        with self._writing():
+            for writer in (*self._writers, self._events):
+                if isinstance(writer, JsonLines | TensorBoard | WeightsAndBiases):
+                    writer.close()
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self._observe.run_dir, "observe.run_dir")

@@ -27,6 +27,7 @@ from megatron_ext.runtime.device import (
     make_deterministic,
     set_threads,
 )
+from megatron_ext.runtime.launcher import stop_with_launcher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +141,7 @@ class Topology:
 
 @contextlib.contextmanager
 def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Topology]:
+    stop_with_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     check_layout(parallel, world_size)

@@ -4,7 +4,6 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,22 +11,15 @@ import pytest
 from PIL import Image
 
 from megatron_ext.job.preflight import code_digest
-from tests.slurm.cluster import Cluster, kill_all, missing_programs, wait_until
+from tests.slurm.cluster import kill_all, wait_until
 from tests.slurm.runs import ROOT, SAVE_INTERVAL, STEPS, Runs
 
 pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Iterator[Runs]:
-    if missing := missing_programs():
-        pytest.skip(f"no {', '.join(missing)} here: install them (Debian: apt-get install slurm-wlm munge)")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
-        yield Runs(cluster, tmp_path_factory.mktemp("runs"))
-    finally:
-        cluster.stop()
+def runs(cluster, tmp_path_factory) -> Runs:
+    return Runs(cluster, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")

@@ -213,6 +213,8 @@ def test_shards_make_what_one_process_makes(several, tmp_path, capsys, monkeypat
         assert ("3 of 6 parts, of other shards, are missing" in printed) == (task == "5")
         assert (output / "rows.parquet").exists() == (task == "3")
     assert contents(output) == contents(undisturbed)
+    with pytest.raises(InputError, match="overwrite with 2 shards would remove what other jobs wrote"):
+        curate_videos.main([*options, f"--output={output}", "--overwrite=true"])
 
 
 def is_running(pid: int) -> bool:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import resource
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.observe import Run, read_json_lines
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, duration
@@ -79,6 +81,20 @@ def test_a_failure_is_an_event(tmp_path):
     with pytest.raises(RuntimeError), Run.open(observe, True, CONFIG):
         raise RuntimeError("loss is not finite")
     assert read_json_lines(tmp_path / "events.jsonl")[-1]["error"] == "RuntimeError: loss is not finite"
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_the_lines_before_stay(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    observe = ObserveConfig(run_dir=str(tmp_path), tensorboard=False)
+    try:
+        with pytest.raises(InputError, match=f"observe.run_dir: cannot write {tmp_path} .File too large.: make room"):
+            with Run.open(observe, True, CONFIG) as run:
+                run.log_metrics(line(1))
+                resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file may grow
+                run.log_metrics(line(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_lines_are_valid_json(tmp_path):
