@@ -36,7 +36,7 @@ def test_scores(clip, tmp_path, layout, suffix):
     squares = np.stack([clip_square(picture, SIDE) for picture in pictures])
     expected = plain_scores(squares, CLIPVisionModelWithProjection.from_pretrained(clip).state_dict(), weights).numpy()
     assert np.ptp(expected) > 0.01  # a thousand times the bound below
-    np.testing.assert_allclose(predictor.rate(squares), expected, atol=1e-5)  # measured: 1.2e-6
+    np.testing.assert_allclose(predictor.rate(squares), expected, atol=1e-5)  # measured: 3.1e-6
 
 
 def test_the_identity_is_that_of_the_weights(clip, tmp_path):

@@ -201,7 +201,7 @@ def test_aesthetic_scores_and_rescue(tmp_path):
     rows = {Path(source).name: row for source, row in rows_of(tmp_path / "out").items()}
     for name, picture in decoded.items():
         row = rows[name]
-        assert row["aesthetic"] == pytest.approx(expected[name], abs=1e-5)  # measured: 2e-6
+        assert row["aesthetic"] == pytest.approx(expected[name], abs=1e-5)  # as in test_aesthetic.py
         is_above, is_coloured = expected[name] >= threshold, colour_spread(picture) >= 3
         share = None if is_above or not is_coloured else text_share(picture, 512)
         assert row["text"] == share
