@@ -26,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tiktoken.load import load_tiktoken_bpe
 
 from megatron_ext.config import load, run_program
+from megatron_ext.data.manifest import flush
 from megatron_ext.data.merge import merge_shards
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.preprocess import Work
@@ -49,7 +50,7 @@ class BenchmarkConfig:
     texts: list[str] = field(default_factory=lambda: [f"{sysconfig.get_paths()['purelib']}/**/*.py"])
     """Glob patterns of texts; default: the sources of the installed packages, comments and code."""
 
-    megabytes: int = 24
+    megabytes: int = 48
     """Of text."""
 
     characters: int = 4000
@@ -146,6 +147,8 @@ def write_plainly(documents: Iterable[list[int]], prefix: Path) -> None:
     for ids in documents:
         builder.add_document(np.array(ids, dtype=np.int32), [len(ids)])
     builder.finalize(f"{prefix}.idx")
+    for suffix in (".bin", ".idx"):
+        flush(Path(f"{prefix}{suffix}"))  # as ours are
 
 
 def seconds(action: Callable[[], object]) -> float:

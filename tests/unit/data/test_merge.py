@@ -237,13 +237,13 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, text_model):
 
     one_run()
     whole = files(tmp_path, "set")
-    for action, step in ((merge, 1), (one_run, 3)):
+    for action, step in ((merge, 2), (one_run, 5)):
         for moment in range(0, 300, step):
             was_killed = killed_at(moment, action)
             for split in ("train", "valid"):
                 prefix = tmp_path / f"set_{split}"
                 assert not prefix.with_name(f"set_{split}.idx").exists() or is_whole(prefix)
-            if moment % 9 == 0 or not was_killed:
+            if moment % 10 == 0 or not was_killed:
                 action()
                 assert files(tmp_path, "set") == whole
             if not was_killed:
