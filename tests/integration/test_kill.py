@@ -14,6 +14,8 @@ from tests.soak.plan import SHORT
 from tests.soak.strike import Events
 from tests.soak.summary import BLOCK, DOCUMENT, LOG, read_log, table
 
+pytestmark = pytest.mark.timeout(900)  # seven starts of two ranks, on a machine that may be busy
+
 SEED = random.randrange(1 << 32)
 """Of the moments; in the message of every failure."""
 

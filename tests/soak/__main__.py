@@ -117,6 +117,7 @@ class Soak:
     def _prepare(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         config = write_small_run(self.folder)
+        config["model"] |= {"num_query_groups": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0}
         config["train"] |= {"train_steps": self.steps, "micro_batch_size": 1}
         config |= {"checkpoint": {"save_interval": 2}, "runtime": {"device": "cpu", "num_threads": 1}}
         config["optim"] = {"lr": 1e-3, "lr_warmup_steps": 2}
