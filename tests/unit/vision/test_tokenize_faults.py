@@ -1,11 +1,11 @@
 """tools/tokenize_vision.py when media are damaged, the disk is full, and processes are killed."""
 
+import collections
 import itertools
 import json
 import os
 import resource
 import signal
-import threading
 import time
 import zlib
 from pathlib import Path
@@ -150,19 +150,20 @@ def is_running(pid: str) -> bool:
 
 
 def test_killed_workers_change_nothing(arguments, tmp_path, monkeypatch):
-    """Both workers, again and again while there is work."""
+    """Both workers, and those that take their place, each in the middle of its work."""
     tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
-    start, kills = workers._Worker._start, []
+    apply, asked, killed = workers._Worker.apply, collections.Counter(), []
 
-    def doomed(self):
-        start(self)
-        if len(kills) < 4:
-            kills.append(self.process_id)
-            threading.Timer(0.15 * len(kills), os.kill, (self.process_id, signal.SIGKILL)).start()
+    def doomed(self, item):
+        asked[self.process_id] += 1
+        if asked[self.process_id] == 2 and len(killed) < 4:
+            killed.append(self.process_id)
+            os.kill(self.process_id, signal.SIGKILL)
+        return apply(self, item)
 
-    monkeypatch.setattr(workers._Worker, "_start", doomed)
+    monkeypatch.setattr(workers._Worker, "apply", doomed)
     tokenize_vision.main([*arguments, "--decode_workers=2"])
-    assert len(kills) > 2
+    assert len(set(killed)) == 4
     assert tree(tmp_path / "codes") == tree(tmp_path / "whole")
 
 
