@@ -10,6 +10,7 @@ import contextlib
 import glob
 import io
 import json
+import os
 import sysconfig
 import tarfile
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tiktoken
@@ -151,28 +153,44 @@ def write_plainly(documents: Iterable[list[int]], prefix: Path) -> None:
         flush(Path(f"{prefix}{suffix}"))  # as ours are
 
 
-def seconds(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
+class Spent(NamedTuple):
+    """Seconds of an action."""
+
+    wall: float
+    cpu: float
+    """Of all its cores and worker processes: what other programs do on the machine hardly changes it."""
+
+
+def spent(action: Callable[[], object]) -> Spent:
+    started, before = time.perf_counter(), sum(os.times()[:4])
     action()
-    return time.perf_counter() - started
+    return Spent(time.perf_counter() - started, sum(os.times()[:4]) - before)
 
 
-def compare(config: PreprocessConfig, workers: list[int], plain: Callable[[Path], None], folder: Path) -> dict:
-    """Seconds of the plain loop, of ours by workers, of the merge of two shards and the bytes of ids it merged."""
+class Figures(NamedTuple):
+    """What was measured of one kind of input."""
+
+    ways: dict[str, Spent]
+    """The plain loop first, then ours by workers."""
+    merge: Spent
+    merged_bytes: int
+
+
+def compare(config: PreprocessConfig, workers: list[int], plain: Callable[[Path], None], folder: Path) -> Figures:
+    """Time the plain loop, ours, and the merge of two shards; compare their files."""
     Work.find(replace(config, output_prefix=str(folder / "warm"))).do(lambda size: None)
-    figures: dict = {"plain": seconds(lambda: plain(folder / "plain"))}
+    ways = {"plain": spent(lambda: plain(folder / "plain"))}
     for number in workers:
         work = Work.find(replace(config, output_prefix=str(folder / f"w{number}"), workers=number))
-        figures[f"workers {number}"] = seconds(lambda work=work: work.do(lambda size: None))
+        ways[f"workers {number}"] = spent(lambda work=work: work.do(lambda size: None))
         for suffix in (".bin", ".idx"):
             if (folder / f"w{number}_train{suffix}").read_bytes() != (folder / f"plain{suffix}").read_bytes():
                 raise AssertionError(f"{suffix} of {config.output_prefix} differs from the plain loop's")
     for shard in range(SHARDS):
         given = replace(config, output_prefix=str(folder / "s"), shard_index=shard, num_shards=SHARDS)
         Work.find(given).do(lambda size: None)
-    figures["merge"] = seconds(lambda: merge_shards(folder / "s", SHARDS, False, lambda size: None))
-    figures["merged_bytes"] = (folder / "s_train.bin").stat().st_size
-    return figures
+    merge = spent(lambda: merge_shards(folder / "s", SHARDS, False, lambda size: None))
+    return Figures(ways, merge, (folder / "s_train.bin").stat().st_size)
 
 
 def main(argv: list[str]) -> None:
@@ -196,28 +214,33 @@ def main(argv: list[str]) -> None:
         pictures = compare(
             given, config.workers, lambda out: write_plainly(plain_pictures(folder / "codes", tokenizer), out), folder
         )
-    rows = [
-        ("text", "MB", size / 1e6, texts),
-        (f"{config.grid} x {config.grid} ids", "pictures", config.pictures, pictures),
-    ]
-    print(f"{'':16}{'':>14}{'per second':>12}{'times':>8}")
-    result = {}
-    for what, unit, amount, figures in rows:
-        for how in ("plain", *(f"workers {number}" for number in config.workers)):
-            rate = amount / figures[how]
-            print(f"{what:16}{how:>14}{rate:>12,.1f} {unit:<9}{figures['plain'] / figures[how]:>6.1f}")
-        result[unit] = {how: amount / spent for how, spent in figures.items() if how not in ("merge", "merged_bytes")}
-    merged = sum(figures["merged_bytes"] for *_, figures in rows) / sum(figures["merge"] for *_, figures in rows) / 1e6
-    print(f"{'merge':16}{'':>14}{merged:>12,.1f} MB")
-    best = f"workers {config.workers[0]}"
-    result |= {
-        "text_megabytes_per_second": result["MB"][best],
-        "ids_per_second": pictures["merged_bytes"] / 4 / pictures[best],
-        "merge_megabytes_per_second": merged,
+    kinds = {"text, MB": (size / 1e6, texts), f"{config.grid} x {config.grid} pictures": (config.pictures, pictures)}
+    report(kinds, Path(config.output), texts, pictures)
+
+
+def report(kinds: dict[str, tuple[float, Figures]], output: Path, texts: Figures, pictures: Figures) -> None:
+    """Print the table, write the JSON."""
+    print(f"{'':20}{'':>12}{'per second':>12}{'times':>8}{'per core second':>18}{'times':>8}")
+    rows = []
+    for what, (amount, figures) in kinds.items():
+        plain = figures.ways["plain"]
+        for how, taken in figures.ways.items():
+            rows.append({"what": what, "how": how, "amount": amount, **taken._asdict()})
+            print(
+                f"{what:20}{how:>12}{amount / taken.wall:>12,.1f}{plain.wall / taken.wall:>8.1f}"
+                f"{amount / taken.cpu:>18,.1f}{plain.cpu / taken.cpu:>8.1f}"
+            )
+    merged = sum(part.merged_bytes for part in (texts, pictures)) / 1e6
+    taken = [sum(getattr(part.merge, clock) for part in (texts, pictures)) for clock in ("wall", "cpu")]
+    print(f"{'merge, MB':32}{merged / taken[0]:>12,.1f}{'':8}{merged / taken[1]:>18,.1f}")
+    first = next(way for way in texts.ways if way != "plain")
+    rates = {
+        "text_megabytes_per_second": kinds["text, MB"][0] / texts.ways[first].cpu,
+        "ids_per_second": pictures.merged_bytes / 4 / pictures.ways[first].cpu,
+        "merge_megabytes_per_second": merged / taken[0],
     }
-    output = Path(config.output)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({**rates, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
