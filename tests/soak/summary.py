@@ -66,8 +66,10 @@ def _ending(records: Sequence[dict[str, Any]], kills: Sequence[dict[str, Any]]) 
     if not ends:
         return f"{text}; not finished."
     (end,) = ends
+    interrupted = sum(record["time"] for record in records if "interrupted" in record)
+    minutes = end["minutes"] - (sum(record.get("taken_up", 0) for record in records) - interrupted) / 60
     return (
         f"{text}; {end['start']} starts, {end['resume']} of which came to train, {end['save']} saves, "
-        f"{end['save_failed']} failed saves, {end['minutes']:.0f} minutes. All {end['steps']} steps of metrics.jsonl "
+        f"{end['save_failed']} failed saves, {minutes:.0f} minutes. All {end['steps']} steps of metrics.jsonl "
         f"outside `timing`, compared bit for bit with an undisturbed run: {end['verdict']}. What the kills met:"
     )
