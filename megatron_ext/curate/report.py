@@ -85,13 +85,13 @@ def write_page(page: CurationPage, path: Path, picture_of: Callable[[Row], Image
     return path
 
 
-def funnel_rows(funnel: Sequence[tuple[str, int]]) -> list[tuple[str, str, int, str]]:
+def funnel_rows(funnel: Sequence[tuple[str, int]]) -> list[tuple[str, int, int, str]]:
     """(filter, dropped, left, share of all inputs left)."""
     (what, total), *steps = funnel
-    rows, left = [(what, "", total, "100.0 %")], total
+    rows, left = [(what, 0, total, "100.0 %")], total
     for filter, dropped in steps:
         left -= dropped
-        rows.append((filter, f"{dropped:,}", left, f"{left / max(total, 1):.1%}".replace("%", " %")))
+        rows.append((filter, dropped, left, f"{left / max(total, 1):.1%}".replace("%", " %")))
     return rows
 
 

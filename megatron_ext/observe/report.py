@@ -182,10 +182,13 @@ def histogram(
     bins: int = 50,
 ) -> Figure:
     """Counts of values, the series on top of each other in bins of equal width; `marks` as vertical lines."""
+    # The marks count, or bins of values that are all alike would be too narrow to see.
+    places = [*(value for values in series.values() for value in values), *(marks or {})]
+    options = {"bins": bins, "range": (min(places), max(places)), "stacked": True}
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(9, 2.6), layout="constrained")
         axes = figure.add_subplot()
-        axes.hist(list(series.values()), bins=bins, stacked=True, color=COLORS[: len(series)], label=list(series))
+        axes.hist(list(series.values()), **options, color=COLORS[: len(series)], label=list(series))
         _mark(axes, marks or {})
         axes.set(xlabel=x_label, ylabel=y_label)
         axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))

@@ -36,8 +36,8 @@ def test_the_page_tells_all(tmp_path):
 
 def test_the_funnel_adds_up():
     rows = funnel_rows([("pictures", 8), ("resolution", 2), ("aesthetic", 5)])
-    assert rows == [("pictures", "", 8, "100.0 %"), ("resolution", "2", 6, "75.0 %"), ("aesthetic", "5", 1, "12.5 %")]
-    assert funnel_rows([("pictures", 0)]) == [("pictures", "", 0, "100.0 %")]
+    assert rows == [("pictures", 0, 8, "100.0 %"), ("resolution", 2, 6, "75.0 %"), ("aesthetic", 5, 1, "12.5 %")]
+    assert funnel_rows([("pictures", 0)]) == [("pictures", 0, 0, "100.0 %")]
 
 
 def test_examples_do_not_depend_on_the_order():

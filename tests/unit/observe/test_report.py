@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from megatron_ext.observe.report import Card, Report, curves, smooth
+from megatron_ext.observe.report import Card, Report, curves, histogram, smooth
 
 
 def sample_report() -> Report:
@@ -71,3 +71,10 @@ def test_same_content_same_bytes(tmp_path):
 def test_smooth():
     assert smooth([1.0, 2.0, 3.0, 6.0], 2) == pytest.approx([1.0, 1.5, 2.5, 4.5])
     assert smooth([4.0], 8) == [4.0]
+
+
+def test_equal_values_of_a_histogram_can_be_seen():
+    """Beside a mark far away: their one bin is a fiftieth of what is shown, not of nothing."""
+    figure = histogram({"kept": [256.0] * 5, "dropped": []}, x_label="side", y_label="inputs", marks={64.0: "least"})
+    [bar] = [patch for patch in figure.axes[0].patches if patch.get_height()]
+    assert bar.get_height() == 5 and bar.get_width() == pytest.approx((256 - 64) / 50)
