@@ -20,46 +20,32 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from megatron_ext.config import InputError, as_dict, load, run_program
-from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.curate.decide import REASONS, Summary, decide
 from megatron_ext.curate.inputs import Piece, pieces_of
 from megatron_ext.curate.kept import plan_tars, planned_tars, write_jsonl, write_parquet, write_tars
 from megatron_ext.curate.picture_filters import PictureFiltersConfig
 from megatron_ext.curate.picture_page import filters_off, write_picture_page
 from megatron_ext.curate.picture_rows import NO_PICTURE, SCHEMA, PictureMeter
+from megatron_ext.curate.predictor import AestheticConfig, load_predictor
 from megatron_ext.curate.table import PartTable
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.verdict import UNREADABLE
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.observe.progress import progress
-from megatron_ext.runtime.device import choose_device
 
 if TYPE_CHECKING:
     from megatron_ext.curate.aesthetic import AestheticPredictor
 
 
 @dataclass(frozen=True, kw_only=True)
-class AestheticConfig:
-    """LAION's aesthetic predictor."""
-
-    clip: str | None = None
-    """Folder in which transformers saved CLIP ViT-L/14 (openai/clip-vit-large-patch14, whole or its vision half); null
-    turns the filter off, and the report says so."""
-
-    head: str | None = None
-    """The head on it, .pth or .safetensors: LAION's linear one (sa_0_4_vit_l_14_linear) or the improved one
-    (sac+logos+ava1-l14-linearMSE)."""
+class BatchedAestheticConfig(AestheticConfig):
+    """LAION's aesthetic predictor, for many pictures at once."""
 
     batch_size: int = 32
     """Pictures rated at once."""
 
-    device: DeviceName = "auto"
-    """Where; auto takes CUDA when a GPU is visible."""
-
     def __post_init__(self) -> None:
-        if (self.clip is None) != (self.head is None):
-            given, missing = ("clip", "head") if self.head is None else ("head", "clip")
-            raise InputError(f"aesthetic.{given} is given without aesthetic.{missing}: give both, or neither")
+        super().__post_init__()
         if self.batch_size < 1:
             raise InputError(f"aesthetic.batch_size = {self.batch_size}: must be positive")
 
@@ -78,7 +64,7 @@ class CurateImagesConfig:
     filters: PictureFiltersConfig = field(default_factory=PictureFiltersConfig)
     """What is kept."""
 
-    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    aesthetic: BatchedAestheticConfig = field(default_factory=BatchedAestheticConfig)
     """Weights of the aesthetic predictor."""
 
     kept: Literal["jsonl", "parquet", "tars"] = "jsonl"
@@ -130,7 +116,7 @@ def main(argv: list[str]) -> None:
         _write(config, shard_index, num_shards, console)
         return
     pieces, digest = pieces_of(config.inputs, config.piece_size)
-    predictor = _load_predictor(config.aesthetic)
+    predictor = load_predictor(config.aesthetic)
     table = PartTable(config.output, SCHEMA, _made_by(config, digest, predictor), overwrite=config.overwrite)
     if config.stage in ("all", "measure"):
         own = [(number, piece) for number, piece in enumerate(pieces) if number % num_shards == shard_index]
@@ -144,15 +130,6 @@ def main(argv: list[str]) -> None:
         console.print(
             f"shard {shard_index} of {num_shards} is measured; when all are, run --stage decide", soft_wrap=True
         )
-
-
-def _load_predictor(config: AestheticConfig) -> "AestheticPredictor | None":
-    if config.clip is None or config.head is None:
-        return None
-    from megatron_ext.curate.aesthetic import AestheticPredictor  # here: transformers takes seconds to import
-
-    device = choose_device(RuntimeConfig(device=config.device), 0)
-    return AestheticPredictor(config.clip, config.head).to(device)
 
 
 def _made_by(config: CurateImagesConfig, digest: str, predictor: "AestheticPredictor | None") -> dict[str, Any]:

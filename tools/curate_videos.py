@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
-from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.curate import KEPT, UNREADABLE
 from megatron_ext.curate.clip_page import write_clip_page
 from megatron_ext.curate.clip_parts import CLIPS, SCHEMA, JudgedVideo, write_part
 from megatron_ext.curate.clips import EncodingConfig
 from megatron_ext.curate.inputs import Piece, pieces_of
+from megatron_ext.curate.predictor import AestheticConfig, load_predictor
 from megatron_ext.curate.scenes import ScenesConfig
 from megatron_ext.curate.table import PartTable, Row
 from megatron_ext.curate.text import check_installed
@@ -28,30 +28,9 @@ from megatron_ext.curate.video_work import VideoCurator
 from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.observe.progress import progress
-from megatron_ext.runtime.device import choose_device
 
 if TYPE_CHECKING:
     from megatron_ext.curate.aesthetic import AestheticPredictor
-
-
-@dataclass(frozen=True, kw_only=True)
-class AestheticConfig:
-    """LAION's aesthetic predictor."""
-
-    clip: str | None = None
-    """Folder in which transformers saved CLIP ViT-L/14 (openai/clip-vit-large-patch14, whole or its vision half); null
-    turns the filter off, and the report says so."""
-
-    head: str | None = None
-    """The head on it, .pth or .safetensors: LAION's linear one or the improved one."""
-
-    device: DeviceName = "auto"
-    """Where; auto takes CUDA when a GPU is visible."""
-
-    def __post_init__(self) -> None:
-        if (self.clip is None) != (self.head is None):
-            given, missing = ("clip", "head") if self.head is None else ("head", "clip")
-            raise InputError(f"aesthetic.{given} is given without aesthetic.{missing}: give both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +105,7 @@ def main(argv: list[str]) -> None:
             f"overwrite with {shards} shards would remove what other jobs wrote: remove {config.output} by hand"
         )
     pieces, digest = pieces_of(config.inputs, config.part_size)
-    rater = _load_rater(config.aesthetic)
+    rater = load_predictor(config.aesthetic)
     table = PartTable(config.output, SCHEMA, made_by(config, digest, rater), overwrite=config.overwrite)
     own = {number: pieces[number] for number in range(shard, len(pieces), shards)}
     bad, total = BadSamples(config.max_bad_fraction), 0
@@ -143,15 +122,6 @@ def main(argv: list[str]) -> None:
         )
     else:
         _merge(config, table, len(pieces), console)
-
-
-def _load_rater(config: AestheticConfig) -> "AestheticPredictor | None":
-    if config.clip is None or config.head is None:
-        return None
-    from megatron_ext.curate.aesthetic import AestheticPredictor  # here: transformers takes seconds to import
-
-    device = choose_device(RuntimeConfig(device=config.device), 0)
-    return AestheticPredictor(config.clip, config.head).to(device)
 
 
 def _make(
