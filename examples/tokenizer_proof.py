@@ -49,7 +49,7 @@ COMMON_SHARE = 0.6
 RESTART_SHARE = 0.6
 """Share of the second part's steps with restarts of dead codes; then they settle."""
 
-GRID_QUALITY = 80
+GRID_SAMPLES, GRID_QUALITY = 4, 80
 
 TRIAL_STEPS = 24
 SLOW_STEPS = 4  # the first ones decode, allocate and choose kernels
@@ -140,7 +140,7 @@ def commands(config: ProofConfig, steps: dict[str, int]) -> list[list[str]]:
         *trainings,
         [
             *evaluate, "--inputs", json.dumps([held_out]), "--tokenizers", json.dumps(tokenizers),
-            "--output", str(ROOT / "held_out"),
+            "--output", str(ROOT / "held_out"), "--grid_samples", str(GRID_SAMPLES),
         ],
         [
             *evaluate, "--inputs", json.dumps([held_out, train]), "--tokenizers", json.dumps(tokenizers),
@@ -173,8 +173,8 @@ def run_all(steps: Iterable[list[str]]) -> None:
         print(f"done in {duration(time.monotonic() - began)}", flush=True)
 
 
-def results() -> dict[str, Any]:
-    """What was reached: rows on the held-out photographs and on all of them, the times, and the three verdicts."""
+def results(training_threads: int) -> dict[str, Any]:
+    """What was reached: rows on the held-out photographs and on all of them, the times, and the verdicts."""
     held_out, everything = (json.loads((ROOT / name / "report.json").read_text()) for name in ("held_out", "all"))
     rows = {row["name"]: row for row in held_out["rows"]}
     of_all = {row["name"]: row for row in everything["rows"]}
@@ -183,6 +183,7 @@ def results() -> dict[str, Any]:
         "format_version": 1,
         "seconds": seconds,
         "versions": held_out["versions"],
+        "training_threads": training_threads,
         "threads": held_out["threads"],
         "held_out": held_out["rows"],
         "all": everything["rows"],
@@ -249,7 +250,8 @@ def _section(found: dict[str, Any]) -> list[str]:
         for row in rows:
             cells = (form.format(row[key]) if key in row else "" for key, _, form in columns)
             lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Measured on {found['threads']} CPU threads with torch {found['versions']['torch']}.", ""]
+    threads = f"{found['training_threads']} in training, {found['threads']} in the evaluation"
+    lines += ["", f"CPU threads: {threads}; torch {found['versions']['torch']}.", ""]
     return [*lines, "![loss over steps](tokenizer_proof/curve.svg)", "", "![held out](tokenizer_proof/grid.jpg)", ""]
 
 
@@ -300,7 +302,7 @@ def main(argv: list[str]) -> None:
         (ROOT / "steps.json").unlink(missing_ok=True)
     run_all([[config.python, "examples/fetch_media.py", "--output", str(MEDIA)]])
     run_all(commands(config, step_counts(config)))
-    found = results()
+    found = results(config.num_threads or os.cpu_count() or 1)
     write_docs(found)
     for verdict in found["verdicts"]:
         print(f"{'reached' if verdict['met'] else 'MISSED '}  {verdict['aim']}: {verdict['reached']}")

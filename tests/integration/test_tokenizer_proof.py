@@ -51,7 +51,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_verdicts(finished: Path) -> None:
-    found = proof.results()
+    found = proof.results(1)
     assert found["seconds"] == {"common": 1200, "l2": 300, "perceptual": 700}
     assert [(verdict["met"], verdict["reached"]) for verdict in found["verdicts"]] == [
         (True, "+1.60 dB; trained on the squared error alone +1.90 dB"),
@@ -62,7 +62,7 @@ def test_verdicts(finished: Path) -> None:
 
 
 def test_a_missed_aim_is_said(finished: Path) -> None:
-    rows = {name: row for row in proof.results()["held_out"] for name in [row["name"]]}
+    rows = {name: row for row in proof.results(1)["held_out"] for name in [row["name"]]}
     rows["perceptual"] |= {"psnr": 23.49, "perceptual": 0.5}
     used = {"codes_used": 3276, "codebook_size": 4096}
     missed = proof.verdicts(rows, used, {"common": 3000, "l2": 10, "perceptual": 601})
@@ -70,18 +70,19 @@ def test_a_missed_aim_is_said(finished: Path) -> None:
 
 
 def test_the_page_is_written(finished: Path) -> None:
-    proof.write_docs(proof.results())
+    proof.write_docs(proof.results(1))
     page = proof.PAGE.read_text()
     assert page.startswith(f"before\n{proof.BEGIN}\n") and page.endswith(f"{proof.END}\nafter\n") and "old" not in page
     assert "| more than 80% of at least 4,096 codes in use | 3,900 of 4,096 on all photographs | yes |" in page
+    assert "CPU threads: 1 in training, 2 in the evaluation; torch 2." in page
     assert "| bicubic 8x | 0.188 | 22.00 | 0.5000 |  |  |  |" in page
     assert Image.open(proof.DOCS / "grid.jpg").size == (32, 16) and "<svg" in (proof.DOCS / "curve.svg").read_text()
     assert json.loads((proof.DOCS / "results.json").read_text())["threads"] == 2
-    proof.write_docs(proof.results())  # again
+    proof.write_docs(proof.results(1))  # again
     assert proof.PAGE.read_text() == page
     proof.PAGE.write_text("no marks")
     with pytest.raises(InputError, match="has no line"):
-        proof.write_docs(proof.results())
+        proof.write_docs(proof.results(1))
 
 
 def test_commands_name_what_exists() -> None:
