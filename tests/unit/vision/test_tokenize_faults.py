@@ -1,11 +1,12 @@
 """tools/tokenize_vision.py when media are damaged, the disk is full, and processes are killed."""
 
 import collections
-import itertools
 import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.media import workers
+from tests.architecture.source import ROOT
 from tests.unit.vision.tokenized import contents, skipped, tree
 from tools import tokenize_vision
 
@@ -77,25 +79,6 @@ def test_pictures_of_every_kind(arguments, tmp_path):
     }
 
 
-def killed_at(arguments: list[str], moment: int) -> bool:
-    """Run in a process that kills itself before its rename number `moment`; False where it has fewer."""
-    child = os.fork()
-    if child == 0:
-        renames, rename = itertools.count(1), os.replace
-
-        def replace(*names):
-            if next(renames) == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            rename(*names)
-
-        os.replace = replace
-        try:
-            tokenize_vision.main(arguments)
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
 def test_killed_before_every_rename(arguments, media, tmp_path):
     """And started again: the bytes of an undisturbed run, where a sample loses its key to another at the end."""
     rows = [{"path": str(media / "a.png"), "key": key} for key in "bx"]
@@ -104,14 +87,14 @@ def test_killed_before_every_rename(arguments, media, tmp_path):
     tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
     whole = tree(tmp_path / "whole")
     assert skipped(tmp_path / "whole")["b"] == "its key is also that of a sample in codes-00000-00000"
-    for moment in itertools.count(1):
-        here = [*arguments, f"--output={tmp_path / str(moment)}"]
-        if not killed_at(here, moment):
-            break
+    program = [sys.executable, "-m", "tests.unit.vision.killed", str(tmp_path), *arguments]
+    run = subprocess.run(program, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    moments = int(run.stdout.splitlines()[-1])
+    assert moments == 1 + 3 * 2 + 2 + 2  # what it is made by; tar and record of three chunks, of one again; the end
+    for moment in range(1, moments + 1):
         assert tree(tmp_path / str(moment)) != whole
-        tokenize_vision.main(here)
+        tokenize_vision.main([*arguments, f"--output={tmp_path / str(moment)}"])
         assert tree(tmp_path / str(moment)) == whole, moment
-    assert moment - 1 == 1 + 3 * 2 + 2 + 2  # what it is made by; tar and record of three chunks, of one again; the end
 
 
 def test_a_killed_program_leaves_no_worker(arguments, tmp_path):
