@@ -10,9 +10,9 @@ from tests.support.comparison import assert_same_history
 from tests.support.decoding import walk
 
 SEED_STEPS, STEPS = 60, 5
-# Measured over all layouts: 2.1e-4 and 8.3e-4. Slices taken for contiguous ones: 0.4 and 3; unreduced gradients of keys
-# and values: 2.9e-4 and 7e-3.
-LOSS_BOUND, NORM_BOUND = 6e-4, 2.5e-3
+# Measured over all layouts: 2.1e-4, 8.3e-4 and 9.2e-3 (the smallest parts of the gradient). Slices taken for contiguous
+# ones: 0.4 and 3; unreduced gradients of keys and values: 2.9e-4 and 7e-3.
+LOSS_BOUND, NORM_BOUND, PART_BOUND = 6e-4, 2.5e-3, 2e-2
 
 
 def all_windows(step):
@@ -99,11 +99,11 @@ def walked(ranks, training):
 @pytest.mark.parametrize("layout", [layout for layouts in LAYOUTS.values() for layout in layouts])
 def test_layout_agrees_with_one_process(layout, walked, one_process):
     history, _ = walked[layout]
-    assert_same_history(history, one_process, LOSS_BOUND, NORM_BOUND)
+    assert_same_history(history, one_process, LOSS_BOUND, NORM_BOUND, PART_BOUND)
 
 
 @pytest.mark.parametrize("mistake", [contiguous_slices, unreduced_keys])
 def test_the_bound_is_tight_enough_to_show_a_mistake(mistake, ranks, training, one_process):
     ((history, _),) = ranks.run(walk_with, 2, mistake, [(CP2, training)])[0]
     with pytest.raises(AssertionError, match=r"grad_norm|loss"):
-        assert_same_history(history, one_process, LOSS_BOUND, NORM_BOUND)
+        assert_same_history(history, one_process, LOSS_BOUND, NORM_BOUND, PART_BOUND)

@@ -16,15 +16,23 @@ def largest_difference(history: History, expected: History) -> float:
     return max(abs(found - value) / abs(value) for found, value in pairs)
 
 
-def assert_same_history(history: History, expected: History, bound: float, norm_bound: float | None = None) -> None:
-    """Losses of every step agree within `bound`, relative; gradient norms and their parts within
-    `norm_bound`, or `bound` as well."""
+def assert_same_history(
+    history: History,
+    expected: History,
+    bound: float,
+    norm_bound: float | None = None,
+    part_bound: float | None = None,
+) -> None:
+    """Losses of every step agree within `bound`, relative; gradient norms within `norm_bound`, or `bound` as well; the
+    norms of the gradient's parts within `part_bound`, or as the whole."""
+    norm_bound = bound if norm_bound is None else norm_bound
+    part_bound = norm_bound if part_bound is None else part_bound
     for step, (found, wanted) in enumerate(zip(history, expected, strict=True)):
         for key, value in wanted.items():
             if math.isnan(value):
                 assert math.isnan(found[key]), f"{key} at step {step}: {found[key]}, there should be none"
                 continue
-            allowed = norm_bound if key.startswith("grad_norm") and norm_bound is not None else bound
+            allowed = part_bound if key.startswith("grad_norm/") else norm_bound if key == "grad_norm" else bound
             error = abs(found[key] - value) / abs(value)
             assert error <= allowed, f"{key} at step {step}: {found[key]}, expected {value}, error {error:.1e}"
 
