@@ -31,7 +31,7 @@ def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Ca
 
             def advance(count: int) -> None:
                 bar.advance(task, count)
-                bar.update(task, rate=f"{bar.tasks[0].speed or 0:.1f} {unit}/s")
+                bar.update(task, rate=f"{_rate(bar.tasks[0].speed or 0)} {unit}/s")
 
             yield advance
         return
@@ -47,6 +47,10 @@ def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Ca
             last = now
             rate = done / max(now - start, 1e-9)
             left = duration((total - done) / rate)
-            console.print(f"{label}: {done}/{total} {unit} | {rate:.1f} {unit}/s | ETA {left}", soft_wrap=True)
+            console.print(f"{label}: {done:,}/{total:,} {unit} | {_rate(rate)} {unit}/s | ETA {left}", soft_wrap=True)
 
     yield report
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
