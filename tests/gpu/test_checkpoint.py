@@ -6,8 +6,6 @@ from tests.gpu.test_decoder import BF16, MODEL
 from tests.support.decoding import walk
 from tests.support.distributed import run_distributed
 
-pytestmark = pytest.mark.gpu
-
 DEVICES = {"cpu": {"device": "cpu", "precision": "bf16", "model": MODEL}, "gpu": BF16 | {"model": MODEL}}
 LAST = 3
 

@@ -12,8 +12,6 @@ import torch
 from tests.support.decoding import walk
 from tests.support.distributed import run_distributed
 
-pytestmark = pytest.mark.gpu
-
 # Heads of 64 channels, widths of multiples of 16: what fused attention and FP8 products take.
 MODEL = {"hidden_size": 256, "ffn_hidden_size": 512, "num_query_groups": 2, "kv_channels": 64}
 QK_NORM = MODEL | {"qk_layernorm": True}

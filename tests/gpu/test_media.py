@@ -13,8 +13,6 @@ from tokenizer_train.vision.loader_cpu import CpuLoader
 from tokenizer_train.vision.loader_dali import DaliLoader
 from tokenizer_train.vision.order import Draw
 
-pytestmark = pytest.mark.gpu
-
 MEDIA = Path(__file__).parents[2] / "examples/media"
 
 

@@ -23,8 +23,6 @@ from megatron_ext.runtime import seed_microbatch
 from megatron_ext.vocab import VocabLayout
 from tests.support.decoding import LAYOUT, MODEL, OPTIM
 
-pytestmark = pytest.mark.gpu
-
 SMALL = dataclasses.replace(MODEL, hidden_size=256, ffn_hidden_size=512, num_query_groups=2, kv_channels=64)
 CUTS = ([0, 8, 200, 208, 384, 512], [0, 512], [0, 16, 32, 48, 64, 80, 496, 504, 512])
 

@@ -11,8 +11,6 @@ from megatron_ext.plan.memory import rank_memory
 from tests.support.distributed import run_distributed
 from tests.support.memory import LAYOUT, measure_allocator
 
-pytestmark = pytest.mark.gpu
-
 MODEL = {"num_layers": 4, "hidden_size": 2048, "ffn_hidden_size": 7168, "num_attention_heads": 16,
          "num_query_groups": 4, "kv_channels": 128}  # fmt: skip
 SEQ_LENGTH = 16_384
