@@ -17,12 +17,12 @@ from megatron_ext.curate.captioning import Captioning, finished_record
 from megatron_ext.curate.captions import ShownConfig
 from megatron_ext.curate.inputs import pieces_of
 from megatron_ext.media import Fault, Sample
-from megatron_ext.media.array import shard_of_job
+from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionConfig:
+class CaptionConfig(ShardConfig):
     """Caption pictures and clips: folders or WebDataset tars in, JSON lines out."""
 
     inputs: list[str]
@@ -45,12 +45,6 @@ class CaptionConfig:
 
     overwrite: bool = False
     """Remove the answers that output holds when they were made with other options; false refuses."""
-
-    shard_index: int | None = None
-    """Which shard of the samples this process does, from 0; null takes it from Slurm's job array, else 0."""
-
-    num_shards: int | None = None
-    """Number of shards; null takes it from Slurm's job array, else 1."""
 
     def __post_init__(self) -> None:
         if not self.inputs:

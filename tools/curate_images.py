@@ -30,7 +30,7 @@ from megatron_ext.curate.predictor import AestheticConfig, load_predictor
 from megatron_ext.curate.table import PartTable
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.verdict import UNREADABLE
-from megatron_ext.media.array import shard_of_job
+from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class BatchedAestheticConfig(AestheticConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurateImagesConfig:
+class CurateImagesConfig(ShardConfig):
     """Curate pictures: folders, tars or manifests in; a table of verdicts, a page and what was kept out."""
 
     inputs: list[str]
@@ -82,12 +82,6 @@ class CurateImagesConfig:
 
     stage: Literal["all", "measure", "decide", "write"] = "all"
     """What to do; all measures only where there are several shards, because the others must be waited for."""
-
-    shard_index: int | None = None
-    """Which of num_shards jobs this is, from 0; null takes Slurm's job array, or the only one."""
-
-    num_shards: int | None = None
-    """Jobs among which pieces are dealt; null as with shard_index."""
 
     overwrite: bool = False
     """Remove what output holds when it was made from other inputs or with other options; false refuses."""

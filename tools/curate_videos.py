@@ -26,7 +26,7 @@ from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.video_filters import VideoFiltersConfig
 from megatron_ext.curate.video_work import VideoCurator
 from megatron_ext.media import Fault, Sample
-from megatron_ext.media.array import shard_of_job
+from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurateVideosConfig:
+class CurateVideosConfig(ShardConfig):
     """Curate videos: folders or WebDataset tars of videos in; clips, a table of all scenes and a report out."""
 
     inputs: list[str]
@@ -66,12 +66,6 @@ class CurateVideosConfig:
 
     overwrite: bool = False
     """Remove what output holds when it was made with other inputs or options; false refuses."""
-
-    shard_index: int | None = None
-    """Which shard of the parts this process makes, from 0; null takes it from Slurm's job array, else 0."""
-
-    num_shards: int | None = None
-    """Number of shards; null takes it from Slurm's job array, else 1."""
 
     def __post_init__(self) -> None:
         if not self.inputs:

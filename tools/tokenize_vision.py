@@ -17,7 +17,7 @@ from rich.console import Console
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.media import Fault, MediaError, Part, ResizeConfig, Sample, listing_of, parts_of, readable_name
-from megatron_ext.media.array import shard_of_job
+from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.media.decode import ClipConfig, DecodedSample, Decoder
 from megatron_ext.media.workers import WorkerPool
 from megatron_ext.observe.progress import progress
@@ -28,7 +28,7 @@ from megatron_ext.vision.tokenize import tokenize
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizeVisionConfig:
+class TokenizeVisionConfig(ShardConfig):
     """Tokenize pictures and clips: folders, WebDataset tars or manifests in, tar shards of codes and a manifest out."""
 
     inputs: list[str]
@@ -55,12 +55,6 @@ class TokenizeVisionConfig:
 
     decode_workers: int = 2
     """Processes that read, decode and resize while this one encodes; 0 decodes in this one."""
-
-    shard_index: int | None = None
-    """Which share of the inputs this job does, from 0; null takes the task of Slurm's job array, else all."""
-
-    num_shards: int | None = None
-    """Number of jobs that share the inputs; null takes the size of Slurm's job array, else 1."""
 
     merge_only: bool = False
     """Tokenize nothing: complete the folder that the jobs of a larger num_shards have filled."""

@@ -6,11 +6,12 @@ from typing import Literal
 from megatron_ext.config import InputError
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.data.templates import check_template
+from megatron_ext.media.array import ShardConfig
 from megatron_ext.media.texts import TextUnit
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreprocessConfig:
+class PreprocessConfig(ShardConfig):
     """Write indexed datasets of documents from tokenized media, captions, rows and text files."""
 
     vocab: VocabConfig = field(default_factory=VocabConfig)
@@ -86,13 +87,6 @@ class PreprocessConfig:
 
     seed: int = 1234
     """Of all that is drawn but the held-out side."""
-
-    shard_index: int | None = None
-    """Which of num_shards parts of the inputs to do; default: by Slurm's job array, else all. merge_datasets.py joins
-    the parts."""
-
-    num_shards: int | None = None
-    """Into how many parts the inputs are cut, by bytes, at the borders of files."""
 
     workers: int = 1
     """Processes that encode; 1: this one, whose text tokenizer uses all its cores. The bytes are the same."""

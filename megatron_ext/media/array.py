@@ -1,11 +1,23 @@
 """Which shard of the work a job does: one process of many, each with its part of the same list of inputs."""
 
 import os
+from dataclasses import dataclass
 
 from megatron_ext.config import InputError
 
 TASK_ID, TASK_FIRST, TASK_COUNT, TASK_STEP = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "COUNT", "STEP"))
 """What Slurm sets in every task of a job array (sbatch(1), "OUTPUT ENVIRONMENT VARIABLES")."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardConfig:
+    """The options of a program of which many jobs may share the inputs."""
+
+    shard_index: int | None = None
+    """Which share of the inputs this job does, from 0; null takes the task of Slurm's job array, else all."""
+
+    num_shards: int | None = None
+    """Number of jobs that share the inputs; null takes the size of Slurm's job array, else 1."""
 
 
 def shard_of_job(shard_index: int | None, num_shards: int | None) -> tuple[int, int]:
