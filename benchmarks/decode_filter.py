@@ -20,9 +20,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from media_loader import BenchmarkConfig as JpegConfig
+from media_loader import write_jpegs
 
-from benchmarks.media_loader import BenchmarkConfig as JpegConfig
-from benchmarks.media_loader import write_jpegs
 from megatron_ext.config import load, run_program
 from megatron_ext.curate.picture_filters import PictureFiltersConfig
 from megatron_ext.curate.pictures import measure
