@@ -15,7 +15,6 @@ there is one. Started again, it takes up where it was interrupted; fetched packa
 import fnmatch
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -31,7 +30,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from megatron_ext.config import InputError, load, run_program, writing
+from megatron_ext.config import InputError, load, run_program
+from megatron_ext.files import replacing, writing
 from megatron_ext.media import MediaError, decode_picture
 from megatron_ext.observe.progress import progress
 
@@ -225,18 +225,16 @@ class Gallery:
         path = self._output / split / f"{original.key}.png"
         if not path.exists():
             resized = picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=None) if scale < 1 else picture
-            temporary = path.with_suffix(".tmp")
-            resized.save(temporary, format="PNG", compress_level=4)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                resized.save(temporary, format="PNG", compress_level=4)
         self._record(original, split, path, size)
 
     def add_clip(self, original: Original) -> None:
         """Write a clip as it is."""
         path = self._output / "clips" / f"{original.key}{Path(original.file).suffix}"
         if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            temporary.write_bytes(original.content)
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                temporary.write_bytes(original.content)
         self._record(original, "clips", path, None)
 
     def _record(self, original: Original, split: str, path: Path, size: tuple[int, int] | None) -> None:
@@ -293,9 +291,8 @@ def _finish(output: Path, gallery: Gallery, missing: list[str], held_out: dict[s
                 path.unlink()
     records = sorted(gallery.records, key=lambda record: record["path"])
     manifest = {"format_version": 1, "files": records, "left_out": gallery.left_out, "missing_packages": missing}
-    temporary = output / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(temporary, output / "manifest.json")
+    with replacing(output / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
     count = {split: sum(path.startswith(f"{split}/") for path in kept) for split in ("train", "held_out", "clips")}
     for item in gallery.left_out:
         print(f"left out {item['key']}: {item['reason']}")

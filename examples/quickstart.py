@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.files import replacing
 from megatron_ext.observe.writers import duration
 
 ROOT = Path("runs/quickstart")
@@ -202,9 +203,8 @@ class Ledger:
 
     def _save(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._path.with_suffix(".partial")
-        temporary.write_text(json.dumps(self._records, indent=1))
-        os.replace(temporary, self._path)
+        with replacing(self._path) as temporary:
+            temporary.write_text(json.dumps(self._records, indent=1))
 
 
 def key_of(stage: Stage, previous_key: str) -> str:

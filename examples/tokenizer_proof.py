@@ -26,6 +26,7 @@ import matplotlib
 from PIL import Image
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.files import replacing
 from megatron_ext.observe import read_json_lines
 from megatron_ext.observe.writers import duration
 
@@ -286,9 +287,8 @@ def _seconds(name: str) -> float:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def main(argv: list[str]) -> None:

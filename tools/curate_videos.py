@@ -61,6 +61,9 @@ class CurateVideosConfig(ShardConfig):
     part_size: int = 32
     """Videos of one part, of what is no tar (a tar is a part); an interruption loses at most this much work."""
 
+    merge_only: bool = False
+    """Curate nothing: write the table and the report of what the jobs of a larger num_shards have made."""
+
     max_bad_fraction: float = 0.01
     """Largest share of the videos that may be unreadable; more of them stop."""
 
@@ -101,6 +104,9 @@ def main(argv: list[str]) -> None:
     pieces, digest = pieces_of(config.inputs, config.part_size)
     rater = load_predictor(config.aesthetic)
     table = PartTable(config.output, SCHEMA, made_by(config, digest, rater), overwrite=config.overwrite)
+    if config.merge_only:
+        table.check_complete(len(pieces))
+        shard, shards = 0, 1
     own = {number: pieces[number] for number in range(shard, len(pieces), shards)}
     bad, total = BadSamples(config.max_bad_fraction), 0
     for number in own:

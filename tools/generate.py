@@ -7,7 +7,6 @@ python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer 
 import contextlib
 import glob
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.files import replacing
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -237,9 +237,8 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
         pixels_CHW = vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]
         first = Picture.fromarray(to_uint8(pixels_CHW))
         options, file, kind = {}, path.with_suffix(".png"), "PNG"
-    temporary = file.with_name(file.name + ".tmp")
-    first.save(temporary, format=kind, **options)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        first.save(temporary, format=kind, **options)
     return file.name
 
 
@@ -287,9 +286,8 @@ def main(argv: list[str]) -> None:
     with open_models(config) as models:
         started = time.monotonic()
         results = draw(config, models) if config.task == "draw" else write_captions(config, models)
-    temporary = output / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "results.json")
+    with replacing(output / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for result in results:
         print(f"{result['file']}: {result['caption']}")
     print(f"wrote {len(results)} results to {output} in {time.monotonic() - started:.1f} s")

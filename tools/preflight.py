@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ext.config import InputError, load, run_program, to_yaml, writing
+from megatron_ext.config import InputError, load, run_program, to_yaml
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.validate import validate
+from megatron_ext.files import writing
 from megatron_ext.job.history import note
 from megatron_ext.job.preflight import Bounds, Finding, code_digest, judge
 

@@ -1,6 +1,6 @@
 """Configuration: frozen dataclasses, one file per section, read by `load`."""
 
-from megatron_ext.config.errors import BadSamples, InputError, run_program, writing
+from megatron_ext.config.errors import BadSamples, InputError, run_program
 from megatron_ext.config.load import as_dict, load, to_yaml
 
-__all__ = ["BadSamples", "InputError", "as_dict", "load", "run_program", "to_yaml", "writing"]
+__all__ = ["BadSamples", "InputError", "as_dict", "load", "run_program", "to_yaml"]

@@ -1,26 +1,12 @@
 """Bad input: one clear line for the user; a traceback is kept for our own bugs."""
 
-import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 
 class InputError(ValueError):
     """The user's input is at fault. The message names the field or file, its value and the fix, in one line."""
-
-
-@contextlib.contextmanager
-def writing(path: object, field: str) -> Iterator[None]:
-    """While open, what the system says about a full disk or an impossible path becomes an InputError that names the
-    option `field` and `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{field}: cannot write {path} ({error.strerror or error}): make room, check its permissions, or give "
-            "another path"
-        ) from error
 
 
 class BadSamples:

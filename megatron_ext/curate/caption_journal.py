@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
+from megatron_ext.files import replacing, writing
 
 FORMAT = 1
 """Number of the journal's layout."""
@@ -64,12 +65,8 @@ class CaptionJournal:
         with writing(self.result, "output"):
             if self.result.exists() and self.result.read_bytes() == text:
                 return False
-            temporary = self.result.with_name(self.result.name + ".tmp")
-            try:
+            with replacing(self.result) as temporary:
                 temporary.write_bytes(text)
-                os.replace(temporary, self.result)
-            finally:
-                temporary.unlink(missing_ok=True)
         return True
 
     def _append(self, fields: dict[str, Any]) -> None:

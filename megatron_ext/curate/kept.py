@@ -16,9 +16,10 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
 from megatron_ext.curate.table import MADE_BY, SAMPLE_COLUMNS, Row, replace_file
 from megatron_ext.curate.verdict import KEPT
+from megatron_ext.files import writing
 from megatron_ext.media import MediaError
 from megatron_ext.media.samples import Extent
 

@@ -6,8 +6,6 @@ FOLDER/rows.parquet                all rows in the order of the parts, with the 
 """
 
 import json
-import os
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
+from megatron_ext.files import replacing, writing
 
 FORMAT_VERSION = 1
 MADE_BY = "made_by.json"
@@ -136,17 +135,10 @@ class PartTable:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a file of another name, then make it `path`: a reader finds all of it or nothing.
+    """Let `write` fill a file of another name, then make it `path`; jobs on several machines share the folder.
 
     Raises:
         InputError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")  # jobs on several machines share the folder
-    with writing(path, "output"):
-        try:
-            write(temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())  # else a renamed file may be empty after a power cut
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path, "output"), replacing(path, is_shared=True) as temporary:
+        write(temporary)

@@ -10,8 +10,6 @@ The same documents give the same bytes.
 """
 
 import logging
-import os
-import tempfile
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from megatron_ext.data.encoded import encode_segments
 from megatron_ext.data.manifest import Manifest, dataset_path, file_facts
 from megatron_ext.data.object_store import RemoteDataset, is_remote
 from megatron_ext.data.sidecar import Sidecar, SidecarBuilder, write_sidecar
+from megatron_ext.files import replacing
 from megatron_ext.vocab import Vocabulary, decode_document
 
 _log = logging.getLogger(__name__)
@@ -102,18 +101,11 @@ class DocumentDataset:
             except InputError as error:
                 raise InputError(f"document {document} of {self.prefix}: {error}") from None
             builder.add(found.kinds_D, found.keys, found.span_counts_D, found.bounds_M2)
-        # A name of its own: several ranks may be doing this at once, and each result is the same.
-        handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".partial", dir=path.parent)
-        os.close(handle)
-        try:
-            if write_sidecar(Path(temporary), [builder.build()]) != self.manifest.sidecar:
+        with replacing(path, is_shared=True) as temporary:  # several ranks may be doing this, each with the same result
+            if write_sidecar(temporary, [builder.build()]) != self.manifest.sidecar:
                 raise InputError(
                     f"{self.prefix}.bin holds other documents than its manifest says: preprocess the data again"
                 )
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _size(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
 from megatron_ext.data.index_file import read_lengths, write_index
 from megatron_ext.data.manifest import (
     FILES,
@@ -35,6 +35,7 @@ from megatron_ext.data.preprocess import (
     split_prefix,
 )
 from megatron_ext.data.sidecar import Sidecar, write_sidecar
+from megatron_ext.files import writing
 
 _BLOCK = 8 << 20  # bytes
 

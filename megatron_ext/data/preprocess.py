@@ -9,7 +9,6 @@ that has its report is not done again.
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -17,14 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import BadSamples, InputError, writing
+from megatron_ext.config import BadSamples, InputError
 from megatron_ext.data.encoder import TRAIN, VALID, Encoder, encode_all
 from megatron_ext.data.inputs import Inputs, Unit, deal, read_batches
-from megatron_ext.data.manifest import dataset_path, flush, is_whole, partial_path, publish
+from megatron_ext.data.manifest import dataset_path, is_whole, publish
 from megatron_ext.data.media_index import MediaIndex
 from megatron_ext.data.near_duplicates import PictureClusters
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.writer import DocumentWriter
+from megatron_ext.files import replacing, writing
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.vocab import Vocabulary
 
@@ -52,11 +52,8 @@ class Report:
 
     def save(self, prefix: Path) -> None:
         """Raises InputError: it cannot be written."""
-        with writing(prefix, "output_prefix"):
-            partial = partial_path(prefix, _REPORT)
-            partial.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            flush(partial)
-            os.replace(partial, dataset_path(prefix, _REPORT))
+        with writing(prefix, "output_prefix"), replacing(dataset_path(prefix, _REPORT)) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, prefix: Path) -> "Report | None":

@@ -9,11 +9,12 @@ from types import TracebackType
 
 import numpy as np
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
 from megatron_ext.data.encoded import EncodedDocuments, encode_segments
 from megatron_ext.data.index_file import write_index
 from megatron_ext.data.manifest import FORMAT_VERSION, Manifest, discard, file_facts, partial_path, publish
 from megatron_ext.data.sidecar import KINDS, SidecarBuilder, write_sidecar
+from megatron_ext.files import writing
 from megatron_ext.vocab import Segment, Vocabulary
 
 

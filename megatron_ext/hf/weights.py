@@ -6,7 +6,6 @@ the length of a JSON header, the header, the tensors' bytes one after another.
 """
 
 import json
-import os
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from megatron_ext.checkpoint.lazy import LazyTensor
 from megatron_ext.config import InputError
+from megatron_ext.files import replacing
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -146,7 +146,6 @@ def _write_file(path: Path, tensors: dict[str, LazyTensor]) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write `value` as JSON, under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write `value` as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,10 +11,11 @@ import yaml
 
 from megatron_ext.checkpoint import latest_checkpoint, read_metadata
 from megatron_ext.checkpoint.room import OPTIMIZER_BYTES, check_room
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import validate
+from megatron_ext.files import writing
 from megatron_ext.plan import DecoderShape, count_parameters
 from megatron_ext.vocab import Vocabulary
 

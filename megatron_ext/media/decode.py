@@ -7,10 +7,11 @@ import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.media.clips import decode_clip
-from megatron_ext.media.pictures import decode_picture
+from megatron_ext.media.pictures import open_picture
 from megatron_ext.media.resize import ResizeConfig, resize
 from megatron_ext.media.samples import Sample
 
@@ -69,7 +70,7 @@ class Decoder:
         data = sample.media.read()
         clip_fields = {}
         if sample.kind == "image":
-            frames = self._fit(decode_picture(data))
+            frames = self._fit(open_picture(data))
         else:
             clip = decode_clip(
                 data,
@@ -88,5 +89,5 @@ class Decoder:
             clip_fields=clip_fields,
         )
 
-    def _fit(self, frame_HWC: np.ndarray) -> np.ndarray:
-        return resize(frame_HWC, self.resize, self.spatial_factor)
+    def _fit(self, frame: np.ndarray | Image.Image) -> np.ndarray:
+        return resize(frame, self.resize, self.spatial_factor)

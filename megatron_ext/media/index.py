@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
+from megatron_ext.files import replacing, writing
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.headers import Header, read_header
 from megatron_ext.media.listing import expand, layout_of, samples_of
@@ -80,12 +81,10 @@ class MediaTable:
         arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
         texts = {name: column for name, column in columns.items() if not isinstance(column, np.ndarray)}
         header = json.dumps({"format": FORMAT, "stamp": stamp, "texts": texts}).encode("ascii")
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         with writing(path, "media.index_dir"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with replacing(path, is_shared=True) as temporary, temporary.open("wb") as file:
                 np.savez(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
-            os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> tuple["MediaTable", list[int]] | None:

@@ -12,7 +12,12 @@ MAX_PIXELS = 100_000_000  # a few kilobytes can claim gigapixels; the largest ph
 
 
 def decode_picture(data: bytes) -> np.ndarray:
-    """The picture as uint8 [H, W, 3]: turned upright by its EXIF orientation, transparency laid on white.
+    """The picture as uint8 [H, W, 3]; the rest as `open_picture`."""
+    return np.array(open_picture(data))
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """The picture in mode RGB, loaded: turned upright by its EXIF orientation, transparency laid on white.
 
     Of an animation the first frame is taken.
 
@@ -24,7 +29,8 @@ def decode_picture(data: bytes) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise MediaError(f"{image.height}x{image.width} pixels: more than {MAX_PIXELS}")
             image.load()
-            return np.array(_rgb(ImageOps.exif_transpose(image)))
+            ImageOps.exif_transpose(image, in_place=True)  # else it copies upright pictures too
+            return _rgb(image)
     except (MediaError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -35,6 +41,8 @@ def decode_picture(data: bytes) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image  # which `convert` would copy
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips at 255 instead of scaling
         grey = np.clip(np.asarray(image, dtype=np.int64) >> 8, 0, 255)
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")

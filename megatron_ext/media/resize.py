@@ -84,23 +84,24 @@ def _check_sides(height: int, width: int, factor: int) -> None:
         raise MediaError(f"{height}x{width} pixels: one side is more than {MAX_ASPECT_RATIO} times the other")
 
 
-def resize(picture_HWC: np.ndarray, config: ResizeConfig, factor: int) -> np.ndarray:
-    """The uint8 picture brought to the size `config` says, bicubic; sides are multiples of `factor`.
+def resize(picture: np.ndarray | Image.Image, config: ResizeConfig, factor: int) -> np.ndarray:
+    """The picture, uint8 [H, W, C] or in mode RGB, brought to the size `config` says, bicubic; sides are multiples of
+    `factor`.
 
     Raises:
         MediaError: rule area or target, and the picture is too small or too elongated.
     """
-    height, width = picture_HWC.shape[:2]
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    width, height = image.size
     if config.rule == "square":
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
-        picture_HWC = picture_HWC[top : top + side, left : left + side]
+        image = image.crop((left, top, left + side, top + side))
         target = (config.size, config.size)
     elif config.rule == "target":
         target = target_size(height, width, factor=factor, size=config.size)
     else:
         target = smart_resize(height, width, factor=factor, min_pixels=config.min_pixels, max_pixels=config.max_pixels)
-    if picture_HWC.shape[:2] == target:
-        return np.ascontiguousarray(picture_HWC)
-    resized = Image.fromarray(picture_HWC).resize((target[1], target[0]), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
+    if image.size != target[::-1]:
+        image = image.resize(target[::-1], Image.Resampling.BICUBIC)
+    return np.array(image)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import InputError
+from megatron_ext.files import replacing
 from megatron_ext.runtime.hardware import describe_hardware
 
 FILE = "provenance.json"
@@ -65,11 +66,9 @@ def manifest_hashes(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 def append_provenance(folder: Path, entry: Mapping[str, Any]) -> None:
     """Add a start to the run folder's file; it is replaced at once, by rename."""
-    temporary = folder / f"{FILE}.partial"
-    temporary.write_text(
-        json.dumps([*read_provenance(folder), entry], indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, folder / FILE)
+    content = json.dumps([*read_provenance(folder), entry], indent=1, ensure_ascii=False) + "\n"
+    with replacing(folder / FILE) as temporary:
+        temporary.write_text(content, encoding="utf-8")
 
 
 def read_provenance(folder: str | Path) -> list[dict[str, Any]]:

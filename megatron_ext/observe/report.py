@@ -8,7 +8,6 @@ page.write("report.html")
 
 import base64
 import io
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -23,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 from PIL import Image
 
+from megatron_ext.files import replacing
 from megatron_ext.observe.elements import Bar, Flow, Shown, Strip
 
 COLORS = ("#3f7fc4", "#d9742b", "#2c9c83", "#8f63c2", "#b8860b", "#c45a84")  # readable on white and on near-black
@@ -140,9 +140,8 @@ class Report:
             title=self._title, lead=self._lead, blocks=self._blocks, known=KINDS
         )
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.partial")
-        temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            temporary.write_text(html, encoding="utf-8")
         return path
 
 

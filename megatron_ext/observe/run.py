@@ -1,7 +1,6 @@
 """The run folder: configuration, provenance.json, metrics.jsonl, events.jsonl, tensorboard/; the console of the run."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.files import replacing, writing
 from megatron_ext.observe.lock import alone_in
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
@@ -124,9 +124,8 @@ class Run:
         did after its last checkpoint come again, and a mistyped start leaves the run's config.yaml as it was.
         """
         if self._events is not None:
-            temporary = self.folder / "config.yaml.partial"
-            temporary.write_text(self._config_yaml, encoding="utf-8")
-            os.replace(temporary, self.folder / "config.yaml")
+            with replacing(self.folder / "config.yaml") as temporary:
+                temporary.write_text(self._config_yaml, encoding="utf-8")
             append_provenance(self.folder, {"step": step, **self.provenance, "config": self._config})
         self.log_event("resume", step=step, **self._signs_of_life_after(step))
         self.forget_after(step)

@@ -7,7 +7,6 @@ FOLDER/pictures/*.png  sample-document-segment, counted from 0 in the window; of
 FOLDER/index.html      all of it to look at
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from rich.console import Console
 from megatron_ext.data.loader import Loader
 from megatron_ext.data.report import describe_cut, describe_segment, describe_weights, excerpt
 from megatron_ext.data.step_windows import DocumentInWindow, StepWindow, documents_in_window
+from megatron_ext.files import replacing
 from megatron_ext.observe.dataset_page import window_strip
 from megatron_ext.observe.painter import Painter
 from megatron_ext.observe.progress import progress
@@ -56,10 +56,8 @@ class StepPage:
         arrays = {f"{name}_W": np.array([getattr(window, name) for window in windows]) for name in PLACES}
         for name in ("ids_S", "labels_S", "weights_S"):
             arrays[name.replace("_S", "_WS")] = np.stack([getattr(window, name) for window in windows])
-        temporary = self._folder / "windows.npz.partial"
-        with temporary.open("wb") as file:
+        with replacing(self._folder / "windows.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        os.replace(temporary, self._folder / "windows.npz")
 
     def _add_window(self, page: Report, window: StepWindow) -> None:
         packed = self._loader.datasets[window.dataset]
@@ -99,6 +97,5 @@ class StepPage:
 
 
 def _write_strip(frames_THWC: np.ndarray, path: Path) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    Picture.fromarray(np.concatenate(list(frames_THWC), axis=1)).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Picture.fromarray(np.concatenate(list(frames_THWC), axis=1)).save(temporary, format="PNG")

@@ -7,7 +7,6 @@ History there cannot be taken back: of steps that come again after a kill or a r
 """
 
 import contextlib
-import os
 import sys
 import uuid
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import InputError
+from megatron_ext.files import replacing
 from megatron_ext.observe.writers import flat
 
 ID_FILE = "wandb_run_id"
@@ -84,7 +84,6 @@ def _run_id(path: Path) -> str:
     with contextlib.suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").strip()
     run_id = uuid.uuid4().hex[:12]
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(run_id + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(run_id + "\n", encoding="utf-8")
     return run_id

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from megatron_ext.files import replacing
+
 CONSOLE_LABELS = {
     "loss": "loss",
     "loss_text": "text",
@@ -41,12 +43,8 @@ class JsonLines:
         """Keep the lines whose `step` is at most `step`; the file is replaced at once, by rename."""
         kept = [record for record in read_json_lines(self.path) if record.get("step", 0) <= step]
         self._file.close()
-        temporary = self.path.with_name(self.path.name + ".partial")
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(self.path) as temporary, temporary.open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
         self._file = self.path.open("a", encoding="utf-8")
 
     def close(self) -> None:

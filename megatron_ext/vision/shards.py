@@ -13,7 +13,6 @@ import hashlib
 import io
 import itertools
 import json
-import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,7 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megatron_ext.config import InputError, writing
+from megatron_ext.config import InputError
+from megatron_ext.files import replacing, writing
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -192,7 +192,8 @@ class CodesFolder:
         lines = (json.dumps(item, ensure_ascii=False) + "\n" for item in skipped)
         _replace(self.folder / SKIPPED, "".join(lines).encode())
         wanted = {tar["name"] for tar, _ in tars} | {MADE_BY} | {f"{name}.json" for name in records}
-        for path in (*self.folder.glob("codes-*.tar*"), *self._finished.iterdir()):
+        unfinished = self.folder.glob(".*.tmp")  # of killed jobs
+        for path in (*self.folder.glob("codes-*.tar"), *unfinished, *self._finished.iterdir()):
             if path.name not in wanted:
                 path.unlink(missing_ok=True)
         _replace(self.folder / MANIFEST, _json(manifest))
@@ -348,10 +349,5 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path, "output"):
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path, "output"), replacing(path, is_shared=True) as temporary:
+        temporary.write_bytes(content)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.config import InputError
+from megatron_ext.files import replacing
 from megatron_ext.vision.movqgan import MoVQGAN, VisionTokenizerConfig
 
 MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
@@ -16,19 +16,16 @@ MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
 
 
 def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into `folder`, each under a temporary name first."""
+    """Write config.json and model.safetensors into `folder`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model_type = MODEL_TYPES[model.config.quantizer]
     fields = {"model_type": model_type, "architectures": [f"{model_type}Model"], "double_z": False, "dropout": 0.0}
     fields |= model.config.fields()
-    temporary = folder / "config.json.tmp"
-    temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    weights = folder / "model.safetensors.tmp"
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors gives its files to their owner alone
-    os.replace(weights, folder / "model.safetensors")
-    os.replace(temporary, folder / "config.json")
+    with replacing(folder / "config.json") as description, replacing(folder / "model.safetensors") as weights:
+        description.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)  # safetensors gives its files to their owner alone
 
 
 def load_vision_tokenizer(folder: str | Path) -> MoVQGAN:

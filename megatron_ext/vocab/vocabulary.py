@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from megatron_ext.config import InputError
 from megatron_ext.config.vocab import VocabConfig
+from megatron_ext.files import replacing
 from megatron_ext.vocab.document import META_CHARACTERS, SEPARATOR, BlockFormat
 from megatron_ext.vocab.layout import VocabLayout
 from megatron_ext.vocab.text import QwenTokenizer, SentencePieceTokenizer, TextTokenizer
@@ -150,9 +150,8 @@ class Vocabulary:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def layout_of(config: VocabConfig) -> VocabLayout:

@@ -15,7 +15,7 @@ from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_toke
 from tests.slurm.cluster import Cluster, environment_of, kill_all, wait_until
 from tests.slurm.runs import ROOT, send
 from tests.unit.data.samples import train_text_tokenizer
-from tools import curate_images, preprocess_data
+from tools import curate_images, curate_videos, preprocess_data
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -64,6 +64,11 @@ class Place:
                 "decode_workers": 1, "device": "cpu",
             },
             "curate_images": {"inputs": f"[{ROOT}/examples/media/images]", "piece_size": 8, "output": into},
+            "curate_videos": {
+                "inputs": f"[{ROOT}/examples/media/clips]", "part_size": 1, "output": into, "workers": 1,
+                "encoding.preset": "ultrafast", "filters.min_shorter_edge": 64, "filters.min_clip_s": 0.5,
+                "filters.max_text": "null",
+            },
             "preprocess_data": {
                 "text": f"[{ROOT}/examples/media/text/*.txt]", "output_prefix": into / "text", "vocab.layout": "custom",
                 "vocab.text_tokenizer": folder / "text.model", "vocab.codebook_size": TOKENIZER.codebook_size,
@@ -156,12 +161,12 @@ def test_the_tasks_make_what_one_process_makes(place):
     assert tree(codes / "array") == tree(codes / "alone")
 
 
-@pytest.mark.parametrize("program", [curate_images, preprocess_data], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("program", [curate_images, curate_videos, preprocess_data], ids=lambda module: module.__name__)
 def test_what_the_tasks_of_another_program_make(place, program):
     name = Path(program.__file__).stem
     _, merge = numbers(place.submit(name, "--array", "1-2"))
     assert place.cluster.wait_for(merge, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", place.log(merge)
     program.main(place.arguments(name, "alone"))
     made, expected = (tree(place.folder / name / output) for output in ("array", "alone"))
-    data = {file for file in expected if file.endswith((".parquet", ".jsonl", ".bin", ".idx", ".npz"))}
+    data = {file for file in expected if file.endswith((".parquet", ".jsonl", ".tar", ".bin", ".idx", ".npz"))}
     assert len(data) >= 3 and all(made[file] == expected[file] for file in data)

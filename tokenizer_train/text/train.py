@@ -7,7 +7,6 @@ cores and however the texts are spread over files.
 import hashlib
 import io
 import json
-import os
 import re
 import signal
 import time
@@ -20,7 +19,8 @@ from typing import Literal
 import sentencepiece
 from rich.console import Console
 
-from megatron_ext.config import BadSamples, InputError, load, run_program, writing
+from megatron_ext.config import BadSamples, InputError, load, run_program
+from megatron_ext.files import replacing, writing
 from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
 from tokenizer_train.text.corpus import Corpus, CorpusFiles, sample_corpus
@@ -226,14 +226,10 @@ def _interruptible() -> Iterator[None]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     with writing(path, "output"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with replacing(path) as temporary:
             temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

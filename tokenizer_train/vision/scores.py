@@ -3,7 +3,6 @@
 Shapes: B samples, T frames (1 of a picture), H W pixels, C colour channels, N frames, D features, K codes.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageDraw
 from rich.table import Table
 from torch import Tensor
 
+from megatron_ext.files import replacing
 from megatron_ext.vision import from_uint8
 from tokenizer_train.vision.codebook import perplexity
 from tokenizer_train.vision.codecs import Codec, Coded, TokenizerCodec
@@ -171,6 +171,5 @@ def save_comparison(frames: Sequence[np.ndarray], decoded: dict[str, Sequence[np
             pictures += [codec_frames[row], np.minimum(ERROR_GAIN * error, 255).astype(np.uint8)]
         for column, picture in enumerate(pictures):
             canvas.paste(Image.fromarray(picture), (column * width, row * height + TITLE_HEIGHT))
-    temporary = path.with_name(path.name + ".tmp")
-    canvas.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        canvas.save(temporary, format="PNG")

@@ -211,6 +211,11 @@ def test_shards_make_what_one_process_makes(several, tmp_path, capsys, monkeypat
         printed = capsys.readouterr().out
         assert ("3 of 6 parts, of other shards, are missing" in printed) == (task == "5")
         assert (output / "rows.parquet").exists() == (task == "3")
+        if task == "5":
+            with pytest.raises(InputError, match=r"3 of 6 parts are missing \(0, 2, 4\): run the jobs that lack them"):
+                curate_videos.main([*options, f"--output={output}", "--merge_only=true"])
+    (output / "rows.parquet").unlink()
+    curate_videos.main([*options, f"--output={output}", "--merge_only=true"])
     assert contents(output) == contents(undisturbed)
     with pytest.raises(InputError, match="overwrite with 2 shards would remove what other jobs wrote"):
         curate_videos.main([*options, f"--output={output}", "--overwrite=true"])

@@ -151,6 +151,6 @@ def test_more_jobs_than_inputs(arguments, media, tmp_path):
 
 def test_nothing_is_left_of_what_is_overwritten(arguments, tmp_path):
     tokenize_vision.main([*arguments, "--shard_size=2"])
-    (tmp_path / "codes/codes-00000-00001.tar.tmp").write_bytes(b"of a killed program")
+    (tmp_path / "codes/.codes-00000-00001.tar.0123abcd.tmp").write_bytes(b"of a killed program")
     tokenize_vision.main([*arguments, "--shard_size=100", "--overwrite=true"])
     assert tree(tmp_path / "codes") == run_jobs([*arguments, "--shard_size=100"], tmp_path / "fresh", 1, 0)
