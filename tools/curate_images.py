@@ -80,6 +80,9 @@ class CurateImagesConfig(ShardConfig):
     workers: int = 2
     """Processes that decode pictures and look for text; 0 does it in this one."""
 
+    worker_timeout_s: float = 600.0
+    """Seconds after which a picture is given up, as unreadable, over which such a process hangs; 0 waits for ever."""
+
     stage: Literal["all", "measure", "decide", "write"] = "all"
     """What to do; all measures only where there are several shards, because the others must be waited for."""
 
@@ -94,6 +97,8 @@ class CurateImagesConfig(ShardConfig):
                 raise InputError(f"{name} = {getattr(self, name)}: must be positive")
         if self.workers < 0:
             raise InputError(f"workers = {self.workers}: give 0 for this process, or a number of processes")
+        if self.worker_timeout_s < 0:
+            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 def main(argv: list[str]) -> None:
@@ -157,7 +162,13 @@ def _measure(
     if "text and colour" not in filters_off(config.filters, is_rated=predictor is not None):
         check_installed("filters.text_and_colour: off")
     start, measured = time.monotonic(), 0
-    workers = PictureMeter(config.filters, predictor, config.aesthetic.batch_size, config.workers)
+    workers = PictureMeter(
+        config.filters,
+        predictor,
+        batch_size=config.aesthetic.batch_size,
+        workers=config.workers,
+        timeout_s=config.worker_timeout_s,
+    )
     with workers as meter, _megabytes("measure", [piece.size() for _, piece in left], console) as (advance, finish):
         for number, piece in left:
             rows = meter.rows(piece.entries(), advance)

@@ -58,6 +58,9 @@ class CurateVideosConfig(ShardConfig):
     workers: int = 2
     """Processes that decode, judge and encode; 0 does it in this one."""
 
+    worker_timeout_s: float = 7200.0
+    """Seconds after which a video is given up, as unreadable, over which such a process hangs; 0 waits for ever."""
+
     part_size: int = 32
     """Videos of one part, of what is no tar (a tar is a part); an interruption loses at most this much work."""
 
@@ -77,6 +80,8 @@ class CurateVideosConfig(ShardConfig):
             raise InputError(f"part_size = {self.part_size}: must be positive")
         if self.workers < 0:
             raise InputError(f"workers = {self.workers}: give 0 for this process, or a number of processes")
+        if self.worker_timeout_s < 0:
+            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 def made_by(config: CurateVideosConfig, digest: str, rater: "AestheticPredictor | None") -> dict[str, Any]:
@@ -142,7 +147,8 @@ def _make(
         return
     if config.filters.max_text is not None:
         check_installed("filters.max_text: null")
-    curator = VideoCurator(config.scenes, config.filters, config.encoding, rater, config.workers)
+    workers = {"workers": config.workers, "timeout_s": config.worker_timeout_s}
+    curator = VideoCurator(config.scenes, config.filters, config.encoding, rater, **workers)
     with curator, progress("curate", count, "videos", console) as advance:
         videos = curator.videos(itertools.chain.from_iterable(entries.values()))
         for number, held in entries.items():

@@ -56,6 +56,9 @@ class TokenizeVisionConfig(ShardConfig):
     decode_workers: int = 2
     """Processes that read, decode and resize while this one encodes; 0 decodes in this one."""
 
+    worker_timeout_s: float = 600.0
+    """Seconds after which a sample is skipped over which such a process hangs; 0 waits for ever."""
+
     merge_only: bool = False
     """Tokenize nothing: complete the folder that the jobs of a larger num_shards have filled."""
 
@@ -76,6 +79,8 @@ class TokenizeVisionConfig(ShardConfig):
                 raise InputError(f"{name} = {getattr(self, name)}: must be positive")
         if self.decode_workers < 0:
             raise InputError(f"decode_workers = {self.decode_workers}: must be at least 0")
+        if self.worker_timeout_s < 0:
+            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +205,7 @@ class _Job:
             spatial_factor=self._model.config.spatial_factor,
             temporal_factor=self._model.config.temporal_downsample_factor,
         )
-        with WorkerPool(decoder, self._config.decode_workers) as pool:
+        with WorkerPool(decoder, self._config.decode_workers, timeout_s=self._config.worker_timeout_s) as pool:
             # One stream over all chunks: the workers go on while a shard is written.
             results = pool.map(entry for work in todo for entry in work.entries if isinstance(entry, Sample))
             for work in todo:

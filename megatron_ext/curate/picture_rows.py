@@ -47,13 +47,22 @@ class Rater(Protocol):
 class PictureMeter:
     """Measures pieces."""
 
-    def __init__(self, filters: PictureFiltersConfig, rater: Rater | None, batch_size: int, workers: int) -> None:
+    def __init__(
+        self,
+        filters: PictureFiltersConfig,
+        rater: Rater | None,
+        *,
+        batch_size: int,
+        workers: int,
+        timeout_s: float = 0.0,
+    ) -> None:
         """`rater` None: no picture has an aesthetic score. `batch_size` pictures are rated at once, in `workers`
-        processes others are decoded; 0 decode in this one. Use it as a context."""
+        processes others are decoded, each for `timeout_s` at most (0: no limit); 0 decode in this one. Use it as a
+        context."""
         self._filters = filters
         self._rater = rater
         self._batch_size = batch_size
-        self._pool: WorkerPool = WorkerPool(call, workers)
+        self._pool: WorkerPool = WorkerPool(call, workers, timeout_s=timeout_s)
 
     def __enter__(self) -> "PictureMeter":
         self._pool.__enter__()

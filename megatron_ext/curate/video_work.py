@@ -34,14 +34,17 @@ class VideoCurator:
         filters: VideoFiltersConfig,
         encoding: EncodingConfig,
         rater: Rater | None,
+        *,
         workers: int,
+        timeout_s: float = 0.0,
     ) -> None:
-        """`rater` None: clips have no aesthetic score. `workers` processes decode and encode; 0 do it in this one."""
+        """`rater` None: clips have no aesthetic score. `workers` processes decode and encode, a video for `timeout_s`
+        each time at most (0: no limit); 0 do it in this one."""
         self._scenes = scenes
         self._filters = filters
         self._encoding = encoding
         self._rater = rater
-        self._pool: WorkerPool = WorkerPool(call, workers)
+        self._pool: WorkerPool = WorkerPool(call, workers, timeout_s=timeout_s)
 
     def __enter__(self) -> "VideoCurator":
         self._pool.__enter__()

@@ -2,7 +2,7 @@
 
 Each process has a pipe of its own to its parent and ends when the parent does, killed or not: nothing is left behind,
 in memory neither (a shared segment would outlive its owner). A process that dies is replaced and its item tried again;
-so one file that crashes a decoder costs that file, and is known by name.
+so one file that crashes a decoder costs that file, and is known by name; likewise one over which a decoder hangs.
 """
 
 import collections
@@ -10,6 +10,7 @@ import contextlib
 import os
 import pickle
 import queue
+import select
 import signal
 import subprocess
 import sys
@@ -33,8 +34,9 @@ AHEAD = 4
 class WorkerPool(Generic[Item, Result]):
     """Processes that apply one function; use it as a context."""
 
-    def __init__(self, function: Callable[[Item], Result], count: int) -> None:
-        """`count` processes start at once; with 0 the function is applied in this one.
+    def __init__(self, function: Callable[[Item], Result], count: int, *, timeout_s: float = 0.0) -> None:
+        """`count` processes start at once; with 0 the function is applied in this one. An item over which a process
+        takes longer than `timeout_s` is given up; 0 waits for ever.
 
         `function` must be picklable, and defined in a module: a process does not import the program that is run.
         """
@@ -42,6 +44,7 @@ class WorkerPool(Generic[Item, Result]):
             raise ValueError(f"{function} is defined in the program that runs: move it into a module")
         self._function = function
         self._count = count
+        self._timeout_s = timeout_s
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._is_open = True
         self._threads = ThreadPoolExecutor(max(count, 1))
@@ -89,7 +92,10 @@ class WorkerPool(Generic[Item, Result]):
         try:
             for _ in range(ATTEMPTS):
                 try:
-                    return worker.apply(item)
+                    return worker.apply(item, self._timeout_s)
+                except TimeoutError:
+                    worker.restart()
+                    return MediaError(f"a process was not done with it after {self._timeout_s:g} s")
                 except (EOFError, OSError, pickle.UnpicklingError):  # its pipe broke, perhaps within a result
                     if not self._is_open:
                         raise
@@ -110,21 +116,24 @@ class _Worker:
     def process_id(self) -> int:
         return self._process.pid
 
-    def apply(self, item: Any) -> Any:
+    def apply(self, item: Any, timeout_s: float) -> Any:
         """The function's result, or the MediaError it raised.
 
         Raises:
+            TimeoutError: no result within `timeout_s`, if that is not 0.
             EOFError, OSError, pickle.UnpicklingError: the process is gone.
             RuntimeError: the function raised something else.
         """
         _send(item, self._process.stdin)
+        if timeout_s and not self._results.poll(1000 * timeout_s):
+            raise TimeoutError
         fault, result = pickle.load(self._process.stdout)
         if fault:
             raise RuntimeError(f"in a worker process:\n{fault}")
         return result
 
     def restart(self) -> int:
-        """A new process for one that died; returns how that ended, as subprocess does."""
+        """A new process for one that died, or hangs; returns how that ended, as subprocess does."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=1)  # its pipe closes a moment before it has ended
         code = self.end()
@@ -148,6 +157,8 @@ class _Worker:
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
+        self._results = select.poll()
+        self._results.register(self._process.stdout, select.POLLIN)
         with contextlib.suppress(OSError):  # it is gone already: `apply` will see it
             _send(self._function, self._process.stdin)
 

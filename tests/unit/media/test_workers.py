@@ -14,7 +14,8 @@ from megatron_ext.media.workers import ATTEMPTS, WorkerPool
 
 @dataclass(frozen=True)
 class Square:
-    """Squares; a negative number is unusable, 13 a bug, 7 kills the process each time, 5 the first time only."""
+    """Squares; a negative number is unusable, 13 a bug, 7 kills the process each time, 5 the first time only, 60 takes
+    a minute."""
 
     folder: Path
 
@@ -29,7 +30,7 @@ class Square:
                 file.write("died ")
             os.kill(os.getpid(), signal.SIGKILL)
         print("not a result")  # as libraries do
-        time.sleep(0.01 * (number % 3))
+        time.sleep(60 if number == 60 else 0.01 * (number % 3))
         return number * number, os.getpid()
 
 
@@ -53,6 +54,17 @@ def test_a_process_that_dies_is_replaced_and_what_kills_each_is_given_up(tmp_pat
         assert len(before & set(pool.process_ids)) <= 1
         pids = pool.process_ids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_what_a_process_hangs_over_is_given_up(tmp_path):
+    with WorkerPool(Square(tmp_path), 2, timeout_s=3.0) as pool:
+        before, began = set(pool.process_ids), time.monotonic()
+        first, second, third = pool.map([3, 60, 4])
+        assert time.monotonic() - began < 30
+        assert (first[0], third[0]) == (9, 16)
+        assert isinstance(second, MediaError) and str(second) == "a process was not done with it after 3 s"
+        (gone,) = before - set(pool.process_ids)
+        assert not Path(f"/proc/{gone}").exists()
 
 
 def test_a_bug_is_no_unusable_item(tmp_path):

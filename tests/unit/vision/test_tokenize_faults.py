@@ -18,6 +18,7 @@ from PIL import Image
 from megatron_ext.config import InputError
 from megatron_ext.media import workers
 from tests.architecture.source import ROOT
+from tests.unit.vision.hanging import HangingDecoder
 from tests.unit.vision.tokenized import contents, skipped, tree
 from tools import tokenize_vision
 
@@ -95,6 +96,18 @@ def test_killed_before_every_rename(arguments, media, tmp_path):
         assert tree(tmp_path / str(moment)) != whole
         tokenize_vision.main([*arguments, f"--output={tmp_path / str(moment)}"])
         assert tree(tmp_path / str(moment)) == whole, moment
+
+
+def test_a_sample_that_hangs_is_skipped(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_vision, "Decoder", HangingDecoder)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for key in "abc":
+        Image.new("RGB", (40, 32)).save(folder / f"{key}.png")
+    hanging = [f"--inputs=[{folder}]", "--max_bad_fraction=1", "--decode_workers=2", "--worker_timeout_s=5"]
+    tokenize_vision.main([*arguments, *hanging])
+    assert list(contents(tmp_path / "codes")) == ["a", "c"]
+    assert skipped(tmp_path / "codes") == {"b": "a process was not done with it after 5 s"}
 
 
 def test_a_killed_program_leaves_no_worker(arguments, tmp_path):
