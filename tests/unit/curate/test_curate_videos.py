@@ -137,6 +137,13 @@ def test_the_report_tells_the_funnel(curated):
     assert "Filter aesthetic was off" in page
 
 
+def test_the_report_in_a_browser(curated, browser):
+    with browser.page(curated[1] / "report.html") as page:
+        assert page.errors == [] and page.requests == [] and page.overflow() == 0
+        assert page.boxes("figure > svg") and min(box.width for box in page.boxes(".card img")) > 80
+        assert page.texts("h2")[0] == "Funnel" and "Dropped: motion" in page.texts("h2")
+
+
 def test_nothing_is_made_again(curated, capsys):
     folder, output = curated
     before = contents(output)
