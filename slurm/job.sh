@@ -9,6 +9,10 @@ fail() {
 # in_queue: whether this is the job, and not the login node.
 in_queue() { [ -n "${SLURM_JOB_ID-}" ]; }
 
+# JOB: this job, and no other. One task of an array has the number of the array, by which Slurm means all tasks.
+JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}
+JOB=${JOB:-${SLURM_JOB_ID-}}
+
 # here COMMAND...: run Python beside the ranks, outside of srun.
 here() { "${CONTAINER[@]}" "$HOST_PYTHON" "$@"; }
 
@@ -95,7 +99,7 @@ step() {
 settle() {
     local verdict=0
     here tools/job.py end --exit_code "$CODE" --time_limit "$TIME_LIMIT" \
-        --state "$(scontrol show job --oneliner "$SLURM_JOB_ID" || true)" <<<"$SETTINGS" || verdict=$?
+        --state "$(scontrol show job --oneliner "$JOB" || true)" <<<"$SETTINGS" || verdict=$?
     [ "$verdict" = 75 ] || exit "$verdict"
     requeue
 }
@@ -103,8 +107,8 @@ settle() {
 # requeue: put this job back into the queue, and end it.
 requeue() {
     local tries=10
-    until scontrol requeue "$SLURM_JOB_ID"; do
-        [ $((tries--)) -gt 0 ] || fail "Slurm does not take job $SLURM_JOB_ID back into the queue: submit it again"
+    until scontrol requeue "$JOB"; do
+        [ $((tries--)) -gt 0 ] || fail "Slurm does not take job $JOB back into the queue: submit it again"
         sleep 30
     done
     exit 0
@@ -114,7 +118,7 @@ requeue() {
 # was ended by Slurm, which knows whether to start it again.
 try_again() {
     [ "${SLURM_RESTART_COUNT:-0}" -lt "$TASK_RESTARTS" ] || return 0
-    [[ $(scontrol show job --oneliner "$SLURM_JOB_ID") == *JobState=RUNNING* ]] || return 0
+    [[ $(scontrol show job --oneliner "$JOB") == *JobState=RUNNING* ]] || return 0
     echo "$1: back into the queue"
     requeue
 }

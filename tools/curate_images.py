@@ -115,7 +115,7 @@ def main(argv: list[str]) -> None:
         _write(config, shard_index, num_shards, console)
         return
     pieces, digest = pieces_of(config.inputs, config.piece_size)
-    predictor = load_predictor(config.aesthetic)
+    predictor = load_predictor(config.aesthetic, rates=config.stage in ("all", "measure"))
     table = PartTable(config.output, SCHEMA, _made_by(config, digest, predictor), overwrite=config.overwrite)
     if config.stage in ("all", "measure"):
         own = [(number, piece) for number, piece in enumerate(pieces) if number % num_shards == shard_index]

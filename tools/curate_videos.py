@@ -107,11 +107,12 @@ def main(argv: list[str]) -> None:
             f"overwrite with {shards} shards would remove what other jobs wrote: remove {config.output} by hand"
         )
     pieces, digest = pieces_of(config.inputs, config.part_size)
-    rater = load_predictor(config.aesthetic)
+    rater = load_predictor(config.aesthetic, rates=not config.merge_only)
     table = PartTable(config.output, SCHEMA, made_by(config, digest, rater), overwrite=config.overwrite)
     if config.merge_only:
         table.check_complete(len(pieces))
-        shard, shards = 0, 1
+        _merge(config, table, len(pieces), console)
+        return
     own = {number: pieces[number] for number in range(shard, len(pieces), shards)}
     bad, total = BadSamples(config.max_bad_fraction), 0
     for number in own:
@@ -120,13 +121,10 @@ def main(argv: list[str]) -> None:
     _make(config, table, {n: piece for n, piece in own.items() if not table.is_done(n)}, rater, bad, total, console)
     for line in bad.lines():
         console.print(line, markup=False, soft_wrap=True)
-    missing = sum(not table.is_done(number) for number in range(len(pieces)))
-    if missing:
-        console.print(
-            f"{config.output}: {missing} of {len(pieces)} parts, of other shards, are missing", soft_wrap=True
-        )
-    else:
+    if shards == 1:
         _merge(config, table, len(pieces), console)
+    else:
+        console.print(f"shard {shard} of {shards} is curated; when all are, run with merge_only: true", soft_wrap=True)
 
 
 def _make(
@@ -176,7 +174,7 @@ def _count_bad(bad: BadSamples, rows: list[Row]) -> int:
 
 
 def _merge(config: CurateVideosConfig, table: PartTable, count: int, console: Console) -> None:
-    """All parts are there: write what is of all of them. Two shards that end together write the same."""
+    """All parts are there: write what is of all of them."""
     merged, page = table.folder / "rows.parquet", table.folder / "report.html"
     if merged.exists() and page.exists():
         console.print(f"{config.output} is finished and nothing has changed: reused", soft_wrap=True)

@@ -32,8 +32,9 @@ class AestheticConfig:
             raise InputError(f"aesthetic.{given} is given without aesthetic.{missing}: give both, or neither")
 
 
-def load_predictor(config: AestheticConfig) -> "AestheticPredictor | None":
-    """The predictor on its device, or None without weight files.
+def load_predictor(config: AestheticConfig, *, rates: bool) -> "AestheticPredictor | None":
+    """The predictor, or None without weight files; on its device where it `rates`. A job that only merges has no GPU,
+    and needs but the identity.
 
     Raises:
         InputError: a file is missing, unreadable or of another layout; they do not fit each other.
@@ -42,5 +43,5 @@ def load_predictor(config: AestheticConfig) -> "AestheticPredictor | None":
         return None
     from megatron_ext.curate.aesthetic import AestheticPredictor  # here: transformers takes seconds to import
 
-    device = choose_device(RuntimeConfig(device=config.device), 0)
-    return AestheticPredictor(config.clip, config.head).to(device)
+    predictor = AestheticPredictor(config.clip, config.head)
+    return predictor.to(choose_device(RuntimeConfig(device=config.device), 0)) if rates else predictor

@@ -63,7 +63,10 @@ class PartTable:
         made_by = {"format_version": FORMAT_VERSION, **made_by}
         with writing(self.folder, "output"):
             self._parts.mkdir(parents=True, exist_ok=True)
+        strange = next(self._rows(), None)  # looked for first: another job may just be beginning
         found = self._read_made_by()
+        if found is None and strange is not None:
+            raise InputError(f"{self.folder} holds {strange.name}, and not what it was made by: give another output")
         if found is not None:
             changed = next((key for key in (*made_by, *found) if found.get(key) != made_by.get(key)), None)
             if changed is None:
@@ -73,7 +76,8 @@ class PartTable:
                     f"{self.folder} holds a table made with {changed} {found.get(changed)!r}, this run has "
                     f"{made_by.get(changed)!r}: give another output, or overwrite: true to make it anew"
                 )
-        self._clear()
+            for path in self._rows():  # the verdicts first: they must never stand beside parts of another making
+                path.unlink(missing_ok=True)
         content = json.dumps(made_by, indent=1, ensure_ascii=False) + "\n"
         replace_file(self._parts / MADE_BY, lambda path: path.write_text(content, encoding="utf-8"))
 
@@ -120,18 +124,20 @@ class PartTable:
     def _path(self, part: int) -> Path:
         return self._parts / f"part-{part:06d}.parquet"
 
-    def _read_made_by(self) -> dict[str, Any] | None:
-        try:
-            found = json.loads((self._parts / MADE_BY).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+    def _rows(self) -> Iterator[Path]:
+        """The files of this folder that hold rows, or what follows from them."""
+        yield from self.folder.glob("rows.parquet")
+        yield from self.folder.glob("kept.*")
+        yield from self._parts.glob("part-*.parquet")
 
-    def _clear(self) -> None:
-        # The verdicts first: they must never stand beside parts of another making.
-        final = [self.folder / "rows.parquet", *self.folder.glob("kept.*")]
-        for path in (*final, *self._parts.iterdir()):
-            path.unlink(missing_ok=True)
+    def _read_made_by(self) -> dict[str, Any] | None:
+        path = self._parts / MADE_BY
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}): remove {self.folder}, or give another output") from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -16,7 +16,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat
 def choose_device(runtime: RuntimeConfig, local_rank: int) -> torch.device:
     """The device of this rank. Raises InputError when CUDA is asked for and absent, or a rank has no GPU of its own."""
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("runtime.device is 'cuda' and no GPU is visible: set runtime.device to cpu or auto")
+        raise InputError("device is 'cuda' and no GPU is visible: set it to cpu or auto")
     if runtime.device == "cpu" or not torch.cuda.is_available():
         if fault := precision_fault(runtime.precision, on_gpu=False):
             raise InputError(fault)

@@ -145,7 +145,7 @@ CONFIGURATION = {
         "--parallel.recompute_granularity full", "recompute_granularity full", "recompute_method"
     ),
     "fp8 on a CPU": pretrain("--runtime.precision fp8 --runtime.device cpu", "runtime.precision is fp8", "bf16"),
-    "GPU asked for and absent": pretrain("--runtime.device cuda", "runtime.device is 'cuda'", "cpu or auto"),
+    "GPU asked for and absent": pretrain("--runtime.device cuda", "device is 'cuda'", "cpu or auto"),
     "heads and groups": pretrain(
         "--model.num_query_groups 3", "model.num_attention_heads 2", "model.num_query_groups 3"
     ),

@@ -195,9 +195,13 @@ def test_aesthetic_scores_and_rescue(tmp_path):
     squares = np.stack([clip_square(picture, SIDE) for picture in decoded.values()])
     expected = dict(zip(decoded, plain_scores(squares, weights, head).tolist(), strict=True))
     threshold = sorted(expected.values())[-2] - 1e-4
-    main(["--inputs", json.dumps([str(pictures)]), "--output", str(tmp_path / "out"), "--filters.min_side", "200",
-          "--aesthetic.clip", str(clip), "--aesthetic.head", str(tmp_path / "head.pth"), "--aesthetic.batch_size", "3",
-          "--filters.min_aesthetic", str(threshold), "--workers", "0"])  # fmt: skip
+    arguments = [
+        "--inputs", json.dumps([str(pictures)]), "--output", str(tmp_path / "out"), "--filters.min_side", "200",
+        "--aesthetic.clip", str(clip), "--aesthetic.head", str(tmp_path / "head.pth"), "--aesthetic.batch_size", "3",
+        "--filters.min_aesthetic", str(threshold), "--workers", "0",
+    ]  # fmt: skip
+    main([*arguments, "--stage", "measure"])
+    main([*arguments, "--stage", "decide", "--aesthetic.device", "cuda"])  # which a job that merges need not have
     rows = {Path(source).name: row for source, row in rows_of(tmp_path / "out").items()}
     for name, picture in decoded.items():
         row = rows[name]

@@ -45,6 +45,35 @@ def test_another_making_is_refused_or_removed(tmp_path):
     assert not PartTable(tmp_path, SCHEMA, {"inputs": "a", "min_side": 256}, overwrite=True).is_done(0)
 
 
+def test_what_is_not_known_to_be_ours_stays(tmp_path):
+    """A table without what it was made by is somebody's, and one that cannot be read is not absent."""
+    (tmp_path / "rows.parquet").write_bytes(b"another program's")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"holds rows.parquet, and not what it was made by: give another output"):
+            PartTable(tmp_path, SCHEMA, {"inputs": "a"}, overwrite=overwrite)
+    (tmp_path / "rows.parquet").unlink()
+    PartTable(tmp_path, SCHEMA, {"inputs": "a"}).write(0, [row("a")])
+    (tmp_path / "parts" / "made_by.json").write_text('{"format_version": 1')
+    with pytest.raises(InputError, match="made_by.json cannot be read"):
+        PartTable(tmp_path, SCHEMA, {"inputs": "a"}, overwrite=True)
+    assert (tmp_path / "parts" / "part-000000.parquet").exists()
+
+
+def test_jobs_that_start_together_leave_each_other_alone(tmp_path, monkeypatch):
+    """One is done with its first part when the other, which began earlier, has just seen an empty folder."""
+    read = PartTable._read_made_by
+
+    def slow(table: PartTable):
+        found = read(table)
+        monkeypatch.setattr(PartTable, "_read_made_by", read)
+        PartTable(tmp_path, SCHEMA, {"inputs": "a"}).write(0, [row("a")])
+        return found
+
+    monkeypatch.setattr(PartTable, "_read_made_by", slow)
+    table = PartTable(tmp_path, SCHEMA, {"inputs": "a"})
+    assert table.is_done(0)
+
+
 def test_merged(tmp_path):
     table = PartTable(tmp_path, SCHEMA, {})
     table.write(0, [row("a")])
