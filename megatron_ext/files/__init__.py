@@ -1,5 +1,6 @@
-"""Files that are whole or absent, whatever happens while they are written."""
+"""Files that are whole or absent, whatever happens while they are written, and folders with one writer at a time."""
 
+from megatron_ext.files.lock import alone_in
 from megatron_ext.files.replace import replacing, writing
 
-__all__ = ["replacing", "writing"]
+__all__ = ["alone_in", "replacing", "writing"]

@@ -1,8 +1,10 @@
 """The starts and ends of a job, as lines `job_start` and `job_end` of RUN_DIR/events.jsonl, and what an end means."""
 
+import functools
 import json
 import os
 import re
+import sys
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -10,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import latest_checkpoint, read_metadata
+from megatron_ext.files import alone_in
 
 EVENTS = "events.jsonl"
 STOP_FILE = "stop"
 """The file that resilience/stopping.py looks for. A job writes its reason into it, `touch` leaves it empty."""
+
+PATIENCE_S = 300.0
+"""For the lock of a start on a node that has died: network file systems keep it for a while (Linux's nfsd: 90 s)."""
 
 
 class Outcome(Enum):
@@ -44,10 +50,16 @@ def begin(run_folder: Path, job: str, restart: int, nodes: str) -> int:
     """Note that job number `job` starts on `nodes`, for the `restart`-th time again; returns the checkpoint's step.
 
     A stop file that an earlier start left for itself, and did not live to obey, is removed.
+
+    Raises:
+        InputError: another job trains in the folder; nothing has been touched.
     """
-    _take_back_stop(run_folder)
-    saved = saved_step(run_folder)
-    note(run_folder, "job_start", job=job, restart=restart, nodes=nodes, step=saved)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    say = functools.partial(print, file=sys.stderr, flush=True)  # the script reads what is printed
+    with alone_in(run_folder / EVENTS, say, PATIENCE_S):
+        _take_back_stop(run_folder)
+        saved = saved_step(run_folder)
+        note(run_folder, "job_start", job=job, restart=restart, nodes=nodes, step=saved)
     return saved
 
 
@@ -139,14 +151,13 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines; a kill may have cut the last."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8").split("\n")  # `splitlines` would also cut where a key holds U+2028
+    return [json.loads(line) for line in lines[:-1]]
 
 
 def note(run_folder: Path, event: str, **fields: Any) -> None:
     """One line of events.jsonl, while no run writes there; a last line that a kill cut short is removed first."""
     path = run_folder / EVENTS
-    run_folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:

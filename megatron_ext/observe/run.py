@@ -11,8 +11,7 @@ from rich.console import Console
 
 from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
-from megatron_ext.files import replacing, writing
-from megatron_ext.observe.lock import alone_in
+from megatron_ext.files import alone_in, replacing, writing
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
 from megatron_ext.observe.weights_and_biases import WeightsAndBiases

@@ -134,8 +134,8 @@ def test_bad_input_gets_one_line_before_the_queue(place):
 
 
 def test_the_tasks_make_what_one_process_makes(place):
-    """Of three tasks one is killed, one is cancelled while it runs, one loses its node: the first and the last go on,
-    the merge names what the other has left, and what is submitted then makes only that."""
+    """Of three tasks two are killed, of which one is cancelled when it waits again, the third loses its node: two go
+    on, the merge names what the other has left, and what is submitted then makes only that."""
     cluster, codes = place.cluster, place.folder / "tokenize_vision"
     array, merge = numbers(place.submit("tokenize_vision", "--array", f"0-{TASKS - 1}"))
     place.hold([0, 1])
@@ -143,12 +143,15 @@ def test_the_tasks_make_what_one_process_makes(place):
     assert len(list((codes / "array").glob("*.tar"))) < 9, "both tasks have ended"
 
     kill_all(place.programs_of(on["n1"]))
+    last, lost = f"{array}_{TASKS - 1}", f"{array}_{on['n2']}"
     wait_until(lambda: place.programs_of(TASKS - 1), "the last task does not start", 120)
-    assert cluster.job(f"{array}_{TASKS - 1}")["JobId"] == array, "the number of all tasks is this one's too"
-    cluster.run("scancel", f"{array}_{TASKS - 1}")
+    assert cluster.job(last)["JobId"] == array, "the number of all tasks is this one's too"
+    kill_all(place.programs_of(TASKS - 1))
+    wait_until(lambda: cluster.job(last)["Restarts"] == "1", "the last task does not go back into the queue", 120)
+    assert (cluster.job(lost)["JobState"], cluster.job(lost)["Restarts"]) == ("RUNNING", "0")
+    cluster.run("scancel", last)
     cluster.kill_node("n2")
     alone = place.alone("tokenize_vision")
-    lost = f"{array}_{on['n2']}"
     wait_until(lambda: cluster.job(lost)["JobState"] != "RUNNING", "Slurm does not notice", 120)
     cluster.start_node("n2")
     assert cluster.wait_for(merge, "COMPLETED", "FAILED")["JobState"] == "FAILED", place.log(merge)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.checkpoint import CheckpointStore
-from megatron_ext.job import begin, end
+from megatron_ext.config import InputError
+from megatron_ext.files import alone_in
+from megatron_ext.job import begin, end, history
 from megatron_ext.job.history import Outcome, note, read_events
 
 RUNNING = "JobId=1 JobState=RUNNING Reason=None PreemptTime=None"
@@ -99,3 +101,20 @@ def test_a_torn_line_of_a_killed_run_does_not_spoil_the_next(tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "start"}\n{"event": "sa')
     begin(tmp_path, "1", 1, "n1")
     assert [event["event"] for event in read_events(tmp_path)] == ["start", "job_start"]
+
+
+def test_a_job_leaves_the_run_of_another_alone(tmp_path, monkeypatch):
+    """The same run submitted twice: the second is refused before it has touched what the first one reads."""
+    monkeypatch.setattr(history, "PATIENCE_S", 0.2)
+    begin(tmp_path, "1", 0, "n1")
+    (tmp_path / "stop").write_text("the time limit of job 1")
+    with alone_in(tmp_path / "events.jsonl", print), pytest.raises(InputError, match="is in use"):
+        begin(tmp_path, "2", 0, "n2")
+    assert (tmp_path / "stop").exists() and [event["job"] for event in read_events(tmp_path)] == ["1"]
+    begin(tmp_path, "2", 0, "n2")
+    assert not (tmp_path / "stop").exists()
+
+
+def test_a_key_may_hold_what_some_call_the_end_of_a_line(tmp_path):
+    note(tmp_path, "bad_step", keys=["one\u2028two\x85three"])
+    assert read_events(tmp_path)[0]["keys"] == ["one\u2028two\x85three"]

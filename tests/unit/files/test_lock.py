@@ -7,8 +7,8 @@ import pytest
 
 from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
+from megatron_ext.files import alone_in
 from megatron_ext.observe import Run
-from megatron_ext.observe.lock import alone_in
 
 HOLDER = """
 import fcntl, sys, time
