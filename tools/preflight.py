@@ -82,8 +82,20 @@ def disk_speed(folder: Path, mebibytes: int, name: str) -> tuple[float, float]:
     return size / (written - started), size / (read - reading)
 
 
-def measure(config: PreflightConfig, topology: "Topology") -> Finding:
-    """This rank's part."""
+@dataclass(frozen=True, kw_only=True)
+class Own:
+    """What a rank measures of its node and device, alone."""
+
+    free_share: float
+    tflops: float
+    digest: str
+    """Of the product of two matrices."""
+    write_mbs: float | None
+    read_mbs: float | None
+
+
+def measure_own(config: PreflightConfig, topology: "Topology") -> Own:
+    """Without any other rank."""
     from megatron_ext.runtime import probe
 
     free = probe.free_memory_share(topology.device)
@@ -91,22 +103,29 @@ def measure(config: PreflightConfig, topology: "Topology") -> Finding:
     write, read = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         write, read = disk_speed(Path(config.observe.run_dir), config.disk_mib, f"{topology.rank}")
+    return Own(free_share=free, tflops=tflops, digest=digest, write_mbs=write, read_mbs=read)
+
+
+def measure_together(config: PreflightConfig, topology: "Topology", own: Own) -> Finding:
+    """What is between the ranks, beside what each has measured."""
+    from megatron_ext.runtime import probe
+
     bandwidths, peers = probe.bandwidths(topology)
     facts = {
         **probe.software(topology.device),
         "code": code_digest(),
         "configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
-        "product of two matrices": digest,
+        "product of two matrices": own.digest,
     }
     return Finding(
         rank=topology.rank,
         host=probe.host_name(),
         facts=facts,
-        free_share=free,
-        tflops=tflops,
+        free_share=own.free_share,
+        tflops=own.tflops,
         clock_s=probe.clock_at_barrier(topology),
-        write_mbs=write,
-        read_mbs=read,
+        write_mbs=own.write_mbs,
+        read_mbs=own.read_mbs,
         bandwidths=bandwidths,
         peers=peers,
     )
@@ -142,16 +161,17 @@ def conclude(config: PreflightConfig, findings: list[Finding]) -> None:
 
 
 def absence(roll: "Roll", stage: int, patience_s: float, nodes: str) -> InputError | None:
-    """The ranks that have not come to `stage`, as a fault that names their nodes; None where all have."""
+    """The ranks that have not come to `stage`, as a fault that names their nodes; None where all have, or none: then
+    one waits for the other, and nobody knows for whom."""
     missing = roll.missing(stage, patience_s)
-    if not missing:
+    if not missing or len(missing) == roll.size:
         return None
     named = [f"rank {rank} ({node or 'node unknown'})" for rank, node in missing.items()]
     silent = [] if None not in missing.values() else sorted(set(nodes.split()) - roll.nodes())
     heard = f"; nothing was heard from {', '.join(silent)}" if silent else ""
     return InputError(
         f"preflight: {', '.join(named[:8])}{', ...' if len(named) > 8 else ''} did not come to "
-        f"{('its start', 'the other ranks', 'the end of the measurements')[stage]}{heard}: leave these nodes out "
+        f"{('its start', 'the other ranks', 'the end of its own measurements')[stage]}{heard}: leave these nodes out "
         "(sbatch --exclude) and have them looked at"
     )
 
@@ -173,9 +193,9 @@ def main(argv: list[str]) -> None:
         with Topology.start(runtime, config.parallel) as topology:
             roll.reach(JOINED)
             stage = MEASURED
-            found = measure(config, topology)
-            roll.reach(MEASURED)
-            findings = topology.gather(found)
+            own = measure_own(config, topology)
+            roll.reach(MEASURED)  # before any wait for the others, so that who is late is who is at fault
+            findings = topology.gather(measure_together(config, topology, own))
             topology.from_main(lambda: conclude(config, findings))
     except RuntimeError as error:  # torch's, of a collective that lost a rank
         raise absence(roll, stage, 5.0, config.nodes) or error from error

@@ -27,9 +27,10 @@ class ResilienceConfig:
     pass_over_batches: int = 1
     """Global batches that a rewound run leaves out, the bad one the last of them."""
 
-    hang_timeout_s: float = 1800.0
-    """Seconds without the end of a step, an evaluation or the start after which every rank prints its stack and ends; 0
-    never. Keep it below runtime.distributed_timeout_s, or the collective library ends the run first."""
+    hang_timeout_s: float = 480.0
+    """Seconds that a step, or the start, may take before every rank prints its stack and ends; an evaluation may take
+    its steps longer, a save checkpoint.save_timeout_s. 0 never. It must be below runtime.distributed_timeout_s, or the
+    collective library ends the run first."""
 
     slow_step_factor: float | None = None
     """A step that takes so many times the median of the last steps counts as a hang too; null waits hang_timeout_s."""

@@ -217,6 +217,14 @@ RULES = (
         lambda c, n: f"checkpoint.save_timeout_s {c.checkpoint.save_timeout_s}: use more than 0 seconds",
     ),
     Rule(
+        lambda c, n: c.resilience.hang_timeout_s >= c.runtime.distributed_timeout_s,
+        lambda c, n: (
+            f"resilience.hang_timeout_s {c.resilience.hang_timeout_s:g} is not below runtime.distributed_timeout_s "
+            f"{c.runtime.distributed_timeout_s}, at which collectives end the run without a stack: lower the first or "
+            "raise the second"
+        ),
+    ),
+    Rule(
         lambda c, n: c.checkpoint.init_optimizer and c.checkpoint.init_from is None,
         lambda c, n: (
             "checkpoint.init_optimizer is true without checkpoint.init_from: name the checkpoint, or set it to false"

@@ -158,6 +158,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def note(run_folder: Path, event: str, **fields: Any) -> None:
     """One line of events.jsonl, while no run writes there; a last line that a kill cut short is removed first."""
     path = run_folder / EVENTS
+    run_folder.mkdir(parents=True, exist_ok=True)
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     with path.open("a", encoding="utf-8") as file:

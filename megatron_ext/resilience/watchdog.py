@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from megatron_ext.config import InputError
 from megatron_ext.config.resilience import ResilienceConfig
 
 EXIT_CODE = 74
@@ -43,31 +44,34 @@ class Watchdog:
         self._steps: deque[float] = deque(maxlen=MEDIAN_OF)
         self._closed = threading.Event()
 
-    @classmethod
     @contextlib.contextmanager
-    def watching(
-        cls, section: ResilienceConfig, folder: Path, rank: int, tell: Callable[[str, float], None]
-    ) -> Iterator["Watchdog"]:
+    def watching(self) -> Iterator[None]:
         """Watch while open; with hang_timeout_s 0 nothing is watched."""
-        watchdog = cls(section, folder, rank, tell)
-        thread = threading.Thread(target=watchdog._watch, name="watchdog", daemon=True)
-        if section.hang_timeout_s:
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._since = time.monotonic()
+        if self._section.hang_timeout_s:
             thread.start()
         try:
-            yield watchdog
+            yield
         finally:
-            watchdog._closed.set()
+            self._closed.set()
             if thread.is_alive():
                 thread.join()
 
-    def alive(self, activity: str, *, is_step: bool = False) -> None:
-        """The main thread begins `activity`. Only steps have a limit of their own, from the steps before."""
+    @property
+    def step_seconds(self) -> float:
+        """Median of the last steps; 0 before the first."""
+        return statistics.median(self._steps) if self._steps else 0.0
+
+    def alive(self, activity: str, *, is_step: bool = False, more_s: float = 0.0) -> None:
+        """The main thread begins `activity`, which may take `more_s` longer than hang_timeout_s. Only steps have a
+        limit of their own, from the steps before."""
         now = time.monotonic()
         if self._activity.startswith("step"):
             self._steps.append(now - self._since)
-        limit, factor = self._section.hang_timeout_s, self._section.slow_step_factor
+        limit, factor = self._section.hang_timeout_s + more_s, self._section.slow_step_factor
         if is_step and factor is not None and len(self._steps) >= STEPS_FOR_A_MEDIAN:
-            limit = min(limit, factor * statistics.median(self._steps))
+            limit = min(limit, factor * self.step_seconds)
         self._activity, self._since, self._limit = activity, now, limit
 
     def _watch(self) -> None:
@@ -77,16 +81,22 @@ class Watchdog:
                 self._end(self._activity, seconds)
 
     def _end(self, activity: str, seconds: float) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # First of all: what is written here may go to the very disk that hangs.
+        threading.Thread(target=self._exit_after, args=(2 * GRACE_S,), daemon=True).start()
         path = self._folder / f"rank_{self._rank:05d}.txt"
         print(
             f"rank {self._rank}: {activity} has taken {seconds:.0f} s, more than {self._limit:.0f} s: ending with exit "
             f"code {EXIT_CODE}; stacks of all threads here and in {path}",
             file=sys.stderr, flush=True,
         )  # fmt: skip
-        for stream in (sys.stderr, path.open("w", encoding="utf-8")):
-            faulthandler.dump_traceback(file=stream, all_threads=True)
-            stream.flush()
-        self._tell(activity, seconds)
-        if not self._closed.wait(GRACE_S):
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        with contextlib.suppress(OSError, InputError):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file=file, all_threads=True)
+            self._tell(activity, seconds)
+        self._exit_after(GRACE_S)
+
+    def _exit_after(self, seconds: float) -> None:
+        if not self._closed.wait(seconds):
             os._exit(EXIT_CODE)  # the main thread cannot be woken: no exception, no exit handler

@@ -30,9 +30,9 @@ class Roll:
 
     def __init__(self) -> None:
         """Without torchrun there is one rank, and nobody to miss."""
-        self._rank, self._size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self._rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self._store = None
-        if self._size > 1:
+        if self.size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             wait = timedelta(seconds=CONNECT_S)
             store = TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait)
@@ -46,7 +46,7 @@ class Roll:
     def missing(self, stage: int, patience_s: float) -> dict[int, str | None]:
         """Ranks that do not come to `stage` in time, with their nodes as far as they ever said; empty when all do."""
         deadline = time.monotonic() + patience_s
-        late = set(range(self._size)) if self._store is not None else set()
+        late = set(range(self.size)) if self._store is not None else set()
         while late := {rank for rank in late if not self._store.check([f"{stage}/{rank}"])}:
             if time.monotonic() > deadline:
                 break
@@ -55,7 +55,7 @@ class Roll:
 
     def nodes(self) -> set[str]:
         """Nodes from which any rank has been heard."""
-        return {node for rank in range(self._size) if (node := self._node(rank)) is not None}
+        return {node for rank in range(self.size) if (node := self._node(rank)) is not None}
 
     def _node(self, rank: int) -> str | None:
         key = f"0/{rank}"

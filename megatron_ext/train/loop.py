@@ -51,6 +51,7 @@ class Trainer:
         self.run = run
         self.runner = runner
         self._bad_steps = 0
+        self._watchdog = Watchdog(resilience, run.folder / "stacks", self.topology.rank, self._tell_of_hang)
 
     def fit(self, state: TrainState) -> TrainState:
         """Train until the last step, the exit interval or a signal. The state reached is saved."""
@@ -64,21 +65,19 @@ class Trainer:
             self.run.console.print(line, markup=False, soft_wrap=True)
         with (
             Stopping.watch(self.train, self.run.folder, self.topology) as stopping,
-            Watchdog.watching(
-                self.resilience, self.run.folder / "stacks", self.topology.rank, self._tell_of_hang
-            ) as watchdog,
+            self._watchdog.watching(),
             collected_every(self.train.manual_gc_interval) as collect,
             self.run.profiler(self.topology) as profiler,
         ):
             self._dry_step(state)
             while state.step < self.train.train_steps:
                 last = state.step
-                watchdog.alive(f"step {last + 1}", is_step=True)
+                self._watchdog.alive(f"step {last + 1}", is_step=True)
                 with profiler.step(last + 1):
                     state = self._train_step(state)
                 if state.step <= last:  # rewound: what follows its step was done when it was taken
                     continue
-                watchdog.alive(f"what follows step {state.step}")
+                self._watchdog.alive(f"what follows step {state.step}")
                 collect(state.step)
                 self._report(self.checkpoint.poll())
                 self._check_replicas(state.step)
@@ -146,6 +145,7 @@ class Trainer:
     def _after_bad_step(self, state: TrainState, fault: str) -> TrainState | None:
         """Write a bad step down, on every rank alike. Its state to go on from where the run is rewound; None where the
         step is skipped."""
+        self._watchdog.alive(f"what follows bad step {state.step + 1}")
         self._bad_steps += 1
         action, number = self.resilience.on_bad_step, state.step + 1
         first_sample = state.consumed_samples
@@ -157,7 +157,7 @@ class Trainer:
             documents=documents,
         )  # fmt: skip
         if action == "stop" or self._bad_steps > self.resilience.max_bad_steps:
-            self._report(self.checkpoint.finish())
+            self._finish_save()
             limit = "" if action == "stop" else f" after {self._bad_steps - 1} others, resilience.max_bad_steps"
             raise InputError(
                 f"step {number} has {fault}{limit}; {where}: nothing was saved since the last checkpoint; lower "
@@ -168,7 +168,8 @@ class Trainer:
 
     def _rewind(self, state: TrainState, end: int) -> TrainState:
         """The state of the last checkpoint, which from now on passes over the batches before sample `end`."""
-        self._report(self.checkpoint.finish())
+        self._finish_save()
+        self._watchdog.alive("the way back to the last checkpoint")
         saved = self.checkpoint.load_latest()
         if saved is None:
             raise InputError(
@@ -192,7 +193,7 @@ class Trainer:
         if self.resilience.check_optimizer:
             found += unlike_masters(self.optimizer, self.topology)
         if found:
-            self._report(self.checkpoint.finish())
+            self._finish_save()
             self.run.log_event("divergence", step=step, found=found)
             raise InputError(
                 f"after step {step} replicas of the weights differ: {first(found)}: a device, its memory or a link is "
@@ -227,6 +228,7 @@ class Trainer:
 
     def _evaluate(self, state: TrainState) -> None:
         """Losses on the first global batches of the held-out blend, always the same ones."""
+        self._watchdog.alive("an evaluation", more_s=self.train.eval_steps * self._watchdog.step_seconds)
         started = time.perf_counter()
         valid = self.data.valid
         microbatches = [
@@ -243,21 +245,27 @@ class Trainer:
 
     def _start_save(self, state: TrainState) -> None:
         """Begin to save, once the save before is over."""
-        self._report(self.checkpoint.finish())
+        self._finish_save()
+        self._watchdog.alive(f"the save of step {state.step}", more_s=self.checkpoint.section.save_timeout_s)
         self.checkpoint.start_save(state.step, state.as_dict())
 
     def _save_last(self, state: TrainState) -> None:
         """Save the state reached, unless it is, and wait for it; with a second attempt where the first fails."""
-        outcome = self._report(self.checkpoint.finish())
+        outcome = self._finish_save()
         for _ in range(LAST_ATTEMPTS):
             if self.checkpoint.saved_step != state.step:
                 self._start_save(state)
-                outcome = self._report(self.checkpoint.finish())
+                outcome = self._finish_save()
         if self.checkpoint.saved_step != state.step:
             raise InputError(
                 f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): make room "
                 "or check permissions, and start the run again; it goes on from its last checkpoint"
             )
+
+    def _finish_save(self) -> SaveOutcome | None:
+        """Wait for the save that is being written, if one is, as long as it may take; log how it ended."""
+        self._watchdog.alive("a wait for the last save", more_s=self.checkpoint.section.save_timeout_s)
+        return self._report(self.checkpoint.finish())
 
     def _report(self, outcome: SaveOutcome | None) -> SaveOutcome | None:
         """Log how a save ended, where one has; returns it."""

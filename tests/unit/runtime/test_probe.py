@@ -42,6 +42,14 @@ def test_a_rank_hangs_later_on(roll_of):
     assert "rank 3 (n1) did not come to the other ranks: leave" in str(absence(roll, JOINED, 0.2, "n0 n1"))
 
 
+def test_nobody_is_blamed_where_all_wait(roll_of):
+    """In a collective that does not end each waits for the others: to name all of them would name healthy nodes."""
+    for rank in range(4):
+        roll = roll_of(rank)
+        roll.reach(STARTED)
+    assert absence(roll, JOINED, 0.2, "n0 n1") is None
+
+
 def test_nothing_is_heard_from_a_node(roll_of):
     for rank in (0, 1):
         roll = roll_of(rank)
