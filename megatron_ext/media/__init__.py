@@ -7,7 +7,7 @@ from megatron_ext.media.index import MediaIndex, build_index
 from megatron_ext.media.listing import Listing, Part, list_samples, listing_of, parts_of
 from megatron_ext.media.pictures import decode_picture
 from megatron_ext.media.resize import ResizeConfig, resize, smart_resize
-from megatron_ext.media.samples import Fault, Sample, json_captions, readable_name
+from megatron_ext.media.samples import Fault, Sample, readable_name
 
 __all__ = [
     "Clip",
@@ -23,7 +23,6 @@ __all__ = [
     "decode_clip",
     "decode_frames",
     "decode_picture",
-    "json_captions",
     "list_samples",
     "listing_of",
     "parts_of",
