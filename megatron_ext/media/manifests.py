@@ -6,8 +6,8 @@
 | `key` | what the sample is called; without it the path up to the first dot of its last part |
 | `caption`, `captions` (a list), `caption_*` | captions; without any, those of KEY.txt and KEY.json beside a file |
 | `offset`, `size` | the bytes of the sample inside a tar |
-| `kind` | image or video; without it the suffix of `source` or `path` says it |
-| `source` | where the sample is, for people |
+| `kind` | image or video; without it the suffix of `source`, or else of `path`, says it |
+| `source` | where the sample is, for people; without it `path`, and `offset` where there is one |
 | `verdict` | curation's: rows that are not `kept` are left out |
 
 Other columns are passed over. Rows stay in their order.
@@ -128,8 +128,8 @@ def _entry(manifest: Path, row: int, fields: Mapping[str, Any] | None) -> Sample
         return Fault(key=place, source=place, reason="the row has no string in column path")
     key = fields.get("key")
     key = key if isinstance(key, str) and key else _key_of(name)
-    source = _printable(fields.get("source") or name)
-    kind = fields.get("kind") or KINDS.get(source.rpartition(".")[2].lower())
+    source = _source(name, fields)
+    kind = fields.get("kind") or _kind_of(source) or _kind_of(name)
     key = _printable(key)
     if kind not in ("image", "video"):
         reason = f"neither column kind nor the suffix says whether it is a picture or a clip ({place})"
@@ -141,6 +141,18 @@ def _entry(manifest: Path, row: int, fields: Mapping[str, Any] | None) -> Sample
         reason = error.strerror if isinstance(error, OSError) else str(error)
         return Fault(key=key, source=source, reason=f"cannot be read ({reason}; {place})")
     return Sample(key=key, kind=kind, source=source, media=media, **beside, given=captions)
+
+
+def _source(name: str, fields: Mapping[str, Any]) -> str:
+    """Thousands of rows name one tar: there the offset tells them apart."""
+    given, offset = fields.get("source"), fields.get("offset")
+    if isinstance(given, str) and given:
+        return _printable(given)
+    return _printable(name if offset is None else f"{name}:{offset}")
+
+
+def _kind_of(name: str) -> str | None:
+    return KINDS.get(name.rpartition(".")[2].lower())
 
 
 def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple[Extent, dict[str, Extent | None]]:

@@ -96,6 +96,27 @@ def test_what_no_manifest_can_hold(folder):
     assert "no JSON object" in faults[2].reason
 
 
+def test_source_and_kind_of_a_row(folder):
+    """A source may be anything; without one a place in a tar is named."""
+    path = folder / "rows.jsonl"
+    rows_ = [
+        {"path": "b.jpg", "source": "laion2b"},
+        {"path": "b.jpg", "source": 7},
+        {"path": "m.tar", "source": "https://x.org/film.MP4", "offset": 512, "size": 3},
+        {"path": "m.tar", "kind": "image", "offset": 512, "size": 3},
+        {"path": "m.tar", "source": ["x"], "offset": 512, "size": 3},
+    ]
+    path.write_text("\n".join(map(json.dumps, rows_)))
+    *samples, fault = listing_of(*parts_of([path])).entries(0, len(rows_))
+    assert [(sample.source, sample.kind) for sample in samples] == [
+        ("laion2b", "image"),
+        ("b.jpg", "image"),
+        ("https://x.org/film.MP4", "video"),
+        ("m.tar:512", "image"),
+    ]
+    assert fault.source == "m.tar:512" and "neither column kind nor the suffix" in fault.reason
+
+
 def test_bad_manifests_are_refused(folder, tmp_path):
     path = tmp_path / "x.parquet"
     path.write_bytes(b"no parquet")
