@@ -179,12 +179,12 @@ def _folder_entries(folder: Path, paths: Iterable[Path]) -> Iterator[tuple[str, 
 
 
 def _tar_samples(path: Path) -> list[Sample | Fault]:
-    """The samples of a tar. Of one that is cut off or damaged, those before the damage: the last of them may lack
-    files, and goes with it."""
+    """The samples of a tar. Of one that is cut off, damaged or unreadable from somewhere on, those before: the last of
+    them may lack files, and goes with it."""
     entries: list[tuple[str, str, Extent]] = []
-    stamp = path.stat().st_mtime_ns
     fault, begun = None, False
     try:
+        stamp = path.stat().st_mtime_ns
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 begun = True
@@ -198,6 +198,10 @@ def _tar_samples(path: Path) -> list[Sample | Fault]:
                 fault = f"damaged at byte {tar.offset}" if len(block) == tarfile.BLOCKSIZE else "cut off"
     except tarfile.TarError as error:
         fault = "cut off" if begun else str(error)
+    except OSError as error:
+        fault = f"unreadable ({error.strerror or error})"
+        if not begun:
+            return [_fault_of(path, fault)]
     if not begun and fault is not None:
         return [_fault_of(path, f"it is not an uncompressed tar ({fault})")]
     if fault is None or not entries:

@@ -119,6 +119,23 @@ def test_a_tar_that_is_damaged_in_the_middle_keeps_what_is_before(shard):
     assert good == "00000/b" and fault.startswith(f"00000/a: the tar is damaged at byte {offset}: ")
 
 
+def test_a_tar_that_cannot_be_read_is_a_fault(shard, tmp_path, monkeypatch):
+    (tmp_path / "mem.tar").symlink_to("/proc/self/mem")  # opens, and cannot be read
+    assert kinds(tmp_path / "mem.tar") == ["mem: unreadable (Input/output error)"]
+    with pytest.raises(InputError, match=r"mem.tar: unreadable \(Input/output error\)"):
+        list_samples([tmp_path / "mem.tar"])
+    following = tarfile.TarFile.next
+
+    def fails_behind_five_members(tar):
+        if tar.offset >= 5 * 2 * tarfile.BLOCKSIZE:
+            raise OSError(5, "Input/output error")
+        return following(tar)
+
+    monkeypatch.setattr(tarfile.TarFile, "next", fails_behind_five_members)
+    good, fault = kinds(shard)
+    assert good == "00000/b" and fault.startswith("00000/a: the tar is unreadable (Input/output error): ")
+
+
 def test_of_two_media_files_of_one_key_the_first_is_used(folder):
     (folder / "00000/b.png").write_bytes(b"")
     first, second, fault, third = entries(folder)
