@@ -225,7 +225,7 @@ def test_what_cannot_be_listed_is_named(tmp_path, pictures, capsys):
         assert len(asked.requests()) == 11
     output = capsys.readouterr().out
     assert "two media files of one key" in output
-    assert f"skipped {pictures / 'p00.png'}: its key p00 is that of {tmp_path / 'more' / 'p00.png'}" in output
+    assert f"skipped {tmp_path / 'more' / 'p00.png'}: its key p00 is that of {pictures / 'p00.png'}" in output
 
 
 def test_a_torn_line_is_asked_again_and_a_strange_file_is_refused(tmp_path, pictures):

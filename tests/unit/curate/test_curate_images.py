@@ -18,6 +18,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from megatron_ext.config import InputError
 from megatron_ext.curate.colour import colour_spread
+from megatron_ext.curate.inputs import pieces_of
 from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.text import text_share
 from megatron_ext.media import decode_picture, list_samples
@@ -44,7 +45,7 @@ def rows_of(output: Path) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    """A folder and two tars with everything that can become of a picture."""
+    """Tars and a folder with everything that can become of a picture."""
     folder = tmp_path_factory.mktemp("inputs")
     pictures = folder / "pictures"
     pictures.mkdir()
@@ -70,7 +71,21 @@ def inputs(tmp_path_factory) -> list[str]:
     write_tar(folder / "a.tar", {"good.png": encoded(clouds(6)), "t1.jpg": encoded(clouds(7), "JPEG")})
     write_tar(folder / "b.tar", {"t2.jpg": encoded(clouds(8), "JPEG"), "t2.json": b'{"caption": "second"}'})
     (folder / "c.tar").write_bytes(b"no tar at all")
-    return [str(pictures), str(folder / "?.tar")]
+    return [str(folder / "?.tar"), str(pictures)]
+
+
+def test_pieces_are_in_the_order_of_the_inputs(inputs):
+    """Of two pictures of one key the earlier stays: who names an input first says which."""
+
+    def first_paths(named: list[str]) -> list[str]:
+        pieces, digest = pieces_of(named, 100)
+        digests.add(digest)
+        return [Path(piece.part.paths[0]).name for piece in pieces]
+
+    digests: set[str] = set()
+    assert first_paths(inputs) == ["a.tar", "b.tar", "c.tar", "pictures"]
+    assert first_paths(inputs[::-1]) == ["pictures", "a.tar", "b.tar", "c.tar"]
+    assert len(digests) == 2
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +118,7 @@ def test_every_input_has_its_row(inputs, undisturbed, capsys):
     }
     rows = {Path(source).name: row for source, row in rows_of(undisturbed).items()}
     assert rows["small.png"]["detail"] == "resolution 63 is below 64" and rows["small.png"]["colour"] is None
-    assert rows["near_half.png"]["detail"].startswith(f"as {inputs[0]}/near_large.png (")
+    assert rows["near_half.png"]["detail"].startswith(f"as {inputs[1]}/near_large.png (")
     assert rows["b.tar:t2.jpg"]["captions"] == ["second"] and rows["good.png"]["captions"] == ["云 clouds"]
     assert (rows["near_half.png"]["height"], rows["near_half.png"]["width"]) == (80, 64)
     assert all(row["aesthetic"] is None and row["text"] is None for row in rows.values())
@@ -145,7 +160,7 @@ def contents(output: Path) -> dict[str, bytes]:
 
 
 def test_any_number_of_jobs_and_processes_gives_the_same_bytes(inputs, undisturbed, tmp_path, monkeypatch, capsys):
-    options = ["--inputs", json.dumps(inputs[::-1]), "--output", str(tmp_path / "out"), "--kept", "tars",
+    options = ["--inputs", json.dumps(inputs), "--output", str(tmp_path / "out"), "--kept", "tars",
                "--pictures_per_tar", "3", "--piece_size", "4", "--filters.min_side", "64"]  # fmt: skip
     main([*options, "--shard_index", "1", "--num_shards", "2", "--workers", "2"])
     assert "shard 1 of 2 is measured; when all are, run --stage decide" in capsys.readouterr().out
