@@ -11,6 +11,9 @@ from megatron_ext.data.sources import MediaSample
 from megatron_ext.data.templates import Part, fill
 from megatron_ext.vocab import Image, Video
 
+ROW_FIELDS = ("key", "content", "media", "question", "answer", "turns")
+"""What is looked at in a row."""
+
 Lookup = Callable[[str], MediaSample | None]
 """Key -> the tokenized sample that rows mean by it."""
 
@@ -75,6 +78,8 @@ def _answered(key: str, row: Mapping[str, Any], lookup: Lookup, config: Preproce
     turns = row.get("turns") or [row]
     keys = row.get("media") or []
     keys = [keys] if isinstance(keys, str) else keys
+    if not isinstance(turns, list):
+        raise InputError("turns is no list")
     texts = [turn.get(name) if isinstance(turn, dict) else None for turn in turns for name in ("question", "answer")]
     if not isinstance(keys, list) or not all(isinstance(text, str) for text in (*keys, *texts)):
         raise InputError("it has neither content, nor question and answer as strings, nor turns of these")

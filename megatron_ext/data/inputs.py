@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_ext.config import InputError, as_dict
+from megatron_ext.data.drafts import ROW_FIELDS
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.sources import RawSample, TokenizedFolder, TokenizedShard
 from megatron_ext.media.texts import BadText, find_text_files, read_rows, read_texts
@@ -172,7 +173,9 @@ def _items(
             yield item, 0 if isinstance(item, BadText) else len(item[1])
         return
     seen: set[str] = set()
-    source = _tar_items(unit, on_read) if unit.tar else ((item, 256) for item in read_rows(unit.path, on_read))
+    source = (
+        _tar_items(unit, on_read) if unit.tar else ((item, 256) for item in read_rows(unit.path, ROW_FIELDS, on_read))
+    )
     for number, (item, size) in enumerate(source, 1):
         key = item.place if isinstance(item, RawSample | BadText) else item[0]
         if not isinstance(item, BadText) and key in seen:

@@ -9,7 +9,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,22 +76,24 @@ def read_texts(
                 yield f"{path.as_posix()}#{number}", text
 
 
-def read_rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[str, dict[str, Any]] | BadText]:
+def read_rows(
+    path: Path, fields: Sequence[str], on_read: Callable[[int], None]
+) -> Iterator[tuple[str, dict[str, Any]] | BadText]:
     """(source key, row) of each row of .jsonl (.ndjson, .json; also .gz or .zst) and .parquet; see `read_texts`.
 
     The key is the row's own `key`, else the path, `#` and a number from 1. What is no object, or holds a text that is
-    not UTF-8, comes as a BadText.
+    not UTF-8, comes as a BadText. A Parquet file's other columns than `fields` are not read: they may be pictures.
 
     Raises:
-        InputError: the file cannot be read, or is damaged, or has another suffix.
+        InputError: the file cannot be read, or is damaged, or has another suffix, or none of `fields` as a column.
     """
     if path.suffix != ".parquet" and _inner_suffix(path) not in _JSON_LINES:
         raise InputError(f"{path} has no rows: give .jsonl or .parquet")
     with _naming(path):
-        for number, (place, row) in enumerate(_rows(path, on_read), 1):
+        for number, (place, row) in enumerate(_rows(path, fields, on_read), 1):
             if not isinstance(row, dict):
                 yield BadText(f"{path}:{place}", "no JSON object")
-            elif not is_unicode(json.dumps(row, ensure_ascii=False)):
+            elif not is_unicode(json.dumps(row, ensure_ascii=False, default=repr)):  # Parquet has times, bytes, ...
                 yield BadText(f"{path}:{place}", NOT_UNICODE)
             else:
                 yield str(row.get("key") or f"{path.as_posix()}#{number}"), row
@@ -145,10 +147,10 @@ def _open_lines(path: Path, on_read: Callable[[int], None]) -> Iterator[Iterator
         yield _lines(file, raw, on_read)
 
 
-def _rows(path: Path, on_read: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
+def _rows(path: Path, fields: Sequence[str], on_read: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(line or row from 1, what it holds)."""
     if path.suffix == ".parquet":
-        yield from enumerate(_parquet_rows(path, None, on_read), 1)
+        yield from enumerate(_parquet_rows(path, fields, on_read), 1)
         return
     with _open_lines(path, on_read) as lines:
         for line in lines:
@@ -207,23 +209,28 @@ def _json_text(line: str, field: str) -> str | None:
 
 def _parquet(path: Path, field: str, on_read: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
     """(row from 1, text) of a Parquet file's column of strings."""
-    for number, row in enumerate(_parquet_rows(path, field, on_read), 1):
+    for number, row in enumerate(_parquet_rows(path, [field], on_read, of_strings=True), 1):
         yield number, row[field]
 
 
-def _parquet_rows(path: Path, field: str | None, on_read: Callable[[int], None]) -> Iterator[dict[str, Any]]:
-    """The rows of a Parquet file: all columns, or the column of strings `field`."""
+def _parquet_rows(
+    path: Path, fields: Sequence[str], on_read: Callable[[int], None], *, of_strings: bool = False
+) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file: those of the columns `fields` that are there, and are strings where they must be."""
     import pyarrow
     import pyarrow.parquet
 
     size = path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
         types = {column.name: column.type for column in file.schema_arrow}
-        if field is not None and types.get(field) not in (pyarrow.string(), pyarrow.large_string()):
+        strings = (pyarrow.string(), pyarrow.large_string())
+        columns = [name for name in fields if name in types and (not of_strings or types[name] in strings)]
+        if not columns:
+            wanted = " or ".join(map(repr, fields)) + (" of strings" if of_strings else "")
             found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
-            raise InputError(f"{path} has no column {field!r} of strings; it has {found}")
+            raise InputError(f"{path} has no column {wanted}; it has {found}")
         rows, first = file.metadata.num_rows, 0
-        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=None if field is None else [field]):
+        for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
             yield from batch.to_pylist()
             done = first + len(batch)
             on_read(size * done // rows - size * first // rows)

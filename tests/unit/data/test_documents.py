@@ -1,5 +1,7 @@
 """Which documents media, captions, rows and texts become."""
 
+import datetime
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -144,6 +146,33 @@ def test_rows_of_parquet(rows):
     assert found == [("a", "see#"), ("rows.parquet#2", "more")]
 
 
+def test_other_columns_of_parquet_are_not_read_and_wrong_ones_are_bad_rows(rows, capsys):
+    """JSON has no word for times, bytes and decimals; a column of pictures should not cost its reading."""
+    columns = {
+        "key": [1, 2],
+        "question": ["what", "who"],
+        "answer": ["that", "he"],
+        "media": pyarrow.array([None, b"\xff"], pyarrow.binary()),
+        "when": [datetime.datetime(2024, 1, 1)] * 2,
+        "price": [decimal.Decimal("1.50")] * 2,
+        "jpg": [b"\xff\xd8"] * 2,
+    }
+    path = rows / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    damaged = bytearray(path.read_bytes())
+    pictures = pyarrow.parquet.ParquetFile(path).metadata.row_group(0).column(len(columns) - 1)
+    start = pictures.dictionary_page_offset
+    damaged[start : start + pictures.total_compressed_size] = b"x" * pictures.total_compressed_size
+    path.write_bytes(damaged)
+    given = {"vision": [], "text": [], "rows": [str(path)], "max_bad_fraction": 0.5}
+    preprocess_data.main(arguments(rows, **given))
+    assert [key for key, _ in decoded(rows / "out/set_train")] == ["1"]
+    assert "2: it has neither content, nor question and answer as strings" in capsys.readouterr().out
+    pyarrow.parquet.write_table(pyarrow.table({"jpg": [b"x"]}), path)
+    with pytest.raises(InputError, match=r"no column 'key' or 'content' or .*; it has jpg \(binary\)"):
+        preprocess_data.main(arguments(rows, **given))
+
+
 def test_bad_rows_are_skipped_by_name(rows, capsys):
     content = [
         {"key": "fine", "content": ["x"]},
@@ -152,6 +181,7 @@ def test_bad_rows_are_skipped_by_name(rows, capsys):
         {"key": "odd", "content": [{"audio": "p1"}]},
         {"key": "blank", "content": [" "]},
         {"key": "half", "question": "x"},
+        {"key": "turns", "turns": 5},
         {"key": "fine", "content": ["again"]},
         "[]",
         "{",
@@ -168,11 +198,12 @@ def test_bad_rows_are_skipped_by_name(rows, capsys):
         "odd: content 0 is neither a text nor one of text, image and video with a string",
         "blank: it is empty",
         "half: it has neither content, nor question and answer as strings, nor turns of these",
-        f"{rows}/rows.jsonl: fine (sample 7): its key has come before",
-        f"{rows}/rows.jsonl:8: no JSON object",
+        "turns: turns is no list",
+        f"{rows}/rows.jsonl: fine (sample 8): its key has come before",
         f"{rows}/rows.jsonl:9: no JSON object",
-        f"{rows}/rows.jsonl:10: {unicode}",
+        f"{rows}/rows.jsonl:10: no JSON object",
         f"{rows}/rows.jsonl:11: {unicode}",
+        f"{rows}/rows.jsonl:12: {unicode}",
     ]
 
 
