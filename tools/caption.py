@@ -69,7 +69,7 @@ def main(argv: list[str]) -> None:
     # Runs of neighbours: the shards' files one after the other are the file of one shard.
     own = pieces[shard * len(pieces) // shards : (shard + 1) * len(pieces) // shards]
     samples = usable_samples((entry for piece in own for entry in piece.entries()), bad)
-    total = len(samples) + len(bad.reasons)
+    total = len(samples) + len(bad.samples)
     bad.check(total)
     stem = f"captions-{shard:05d}-of-{shards:05d}"
     with CaptionJournal(config.output, stem, settings(config), overwrite=config.overwrite) as journal:
@@ -116,9 +116,9 @@ def _tell_work(server: CaptionServer, count: int, seconds: float, console: Conso
 def _tell_faults(bad: BadSamples, console: Console) -> None:
     for line in bad.lines():
         console.print(line, markup=False, soft_wrap=True)
-    for reason, count in Counter(bad.reasons.values()).most_common():
+    for reason, count in Counter(reason for _, reason in bad.samples).most_common():
         console.print(f"without captions, {count} samples: {reason}", markup=False, soft_wrap=True)
-    if bad.reasons:
+    if bad.samples:
         console.print("the next start asks about these again")
 
 

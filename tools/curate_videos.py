@@ -167,10 +167,10 @@ def _advancing(videos: Iterator[JudgedVideo], advance: Callable[[int], None]) ->
 
 def _count_bad(bad: BadSamples, rows: list[Row]) -> int:
     """Add the unreadable videos of a part; the number of all its videos."""
-    for row in rows:
-        if row["verdict"] == UNREADABLE:
-            bad.add(row["source"], row["detail"])
-    return len({row["clip_of"] for row in rows})
+    unreadable = [row for row in rows if row["verdict"] == UNREADABLE]
+    for row in unreadable:  # one of each; two may have one key
+        bad.add(row["source"], row["detail"])
+    return len(unreadable) + len({row["clip_of"] for row in rows if row["verdict"] != UNREADABLE})
 
 
 def _merge(config: CurateVideosConfig, table: PartTable, count: int, console: Console) -> None:

@@ -229,8 +229,9 @@ class _Job:
                 continue
             source = readable_name(entry.source)
             skipped.append({"key": entry.key, "source": source, "reason": str(result)})
-            self._bad.add(source, str(result))
-            self._bad.check(self._total)  # finished shards stay: with a larger fraction the work goes on
+            if isinstance(entry, Sample):  # faults were counted at the start
+                self._bad.add(source, str(result))
+                self._bad.check(self._total)  # finished shards stay: with a larger fraction the work goes on
             advance(1)
 
 
@@ -268,10 +269,10 @@ def _complete(config: TokenizeVisionConfig, folder: CodesFolder, parts: int, con
         soft_wrap=True,
     )
     _print_skipped(bad, console)
-    if bad.reasons:
-        console.print(f"{len(bad.reasons)} were skipped: {config.output}/{SKIPPED}", soft_wrap=True)
+    if bad.samples:
+        console.print(f"{len(bad.samples)} were skipped: {config.output}/{SKIPPED}", soft_wrap=True)
     if not manifest["shards"]:
-        raise InputError(f"none of the {len(bad.reasons)} samples of {config.inputs} could be used")
+        raise InputError(f"none of the {len(bad.samples)} samples of {config.inputs} could be used")
 
 
 def _print_skipped(bad: BadSamples, console: Console) -> None:

@@ -22,19 +22,19 @@ class BadSamples:
         """`field` is the option that holds `max_fraction`. Raises InputError for a fraction outside 0..1."""
         if not 0 <= max_fraction <= 1:
             raise InputError(f"{field} is {max_fraction}: give a share in 0..1")
-        self.reasons: dict[str, str] = {}
-        """Source -> why it cannot be used."""
+        self.samples: list[tuple[str, str]] = []
+        """(source, why it cannot be used) of each, in the order they came; several may have one source."""
         self._max_fraction = max_fraction
         self._field = field
 
     def add(self, source: str, reason: str) -> None:
-        """One more."""
-        self.reasons[source] = reason
+        """One more: the caller adds a sample once. Bytes of `source` that are not UTF-8 are kept as `\\xNN`."""
+        self.samples.append((source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), reason))
 
     def check(self, total: int) -> None:
         """Raise InputError when they are more than the allowed share of `total` samples."""
-        if len(self.reasons) > self._max_fraction * total:
-            self._stop(f"{len(self.reasons):,} of {total:,} samples")
+        if len(self.samples) > self._max_fraction * total:
+            self._stop(f"{len(self.samples):,} of {total:,} samples")
 
     def check_early(self, seen: int, total: int | None) -> None:
         """Raise InputError after `seen` of `total` samples (None: not known) when they are, or plainly will be, more
@@ -45,14 +45,14 @@ class BadSamples:
         """
         if total is not None:
             self.check(total)
-        elif seen >= self.EARLY and len(self.reasons) > self.PLAIN * self._max_fraction * seen:
-            self._stop(f"{len(self.reasons):,} of the first {seen:,} samples")
+        elif seen >= self.EARLY and len(self.samples) > self.PLAIN * self._max_fraction * seen:
+            self._stop(f"{len(self.samples):,} of the first {seen:,} samples")
         elif self._max_fraction == 0:
             self.check(seen)
 
     def _stop(self, how_many: str) -> None:
-        named = [f"{_readable(source)}: {reason}" for source, reason in list(self.reasons.items())[: self.NAMED]]
-        more = "; ..." if len(self.reasons) > self.NAMED else ""
+        named = [f"{source}: {reason}" for source, reason in self.samples[: self.NAMED]]
+        more = "; ..." if len(self.samples) > self.NAMED else ""
         raise InputError(
             f"{how_many} cannot be used, more than {self._field} "
             f"{self._max_fraction:g} ({'; '.join(named)}{more}): repair or remove them, or raise {self._field}"
@@ -60,12 +60,7 @@ class BadSamples:
 
     def lines(self) -> list[str]:
         """A line for each."""
-        return [f"skipped {_readable(source)}: {reason}" for source, reason in self.reasons.items()]
-
-
-def _readable(source: str) -> str:
-    """A file's name as it can be printed: what is not UTF-8 in it as `\\xNN`."""
-    return source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return [f"skipped {source}: {reason}" for source, reason in self.samples]
 
 
 def run_program(

@@ -50,6 +50,8 @@ class Captioning:
         self._bad = bad
         self._advance = advance
         self._left: dict[str, int] = {}
+        self._faulty: set[str] = set()
+        """Keys of those in `bad`: a sample is one bad sample, however many of its pieces get no answer."""
 
     def run(self, config: ServerConfig, *, decoders: int, total: int) -> CaptionServer:
         """Ask about all samples; those that get no answer are in `bad`. `total` is what its share is of.
@@ -123,8 +125,10 @@ class Captioning:
     def _note_fault(self, sample: Sample, number: int, reason: str, total: int) -> None:
         if readable_name(sample.source) == sample.source:
             self._add(sample, number, {"fault": reason})
-        self._bad.add(sample.source, reason)
-        self._bad.check(total)
+        if sample.key not in self._faulty:
+            self._faulty.add(sample.key)
+            self._bad.add(sample.source, reason)
+            self._bad.check(total)
 
     def _add(self, sample: Sample, number: int, fields: dict[str, Any]) -> None:
         self._journal.add({"key": sample.key, "piece": number, "media": media_stamp(sample), **fields})

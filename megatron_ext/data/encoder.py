@@ -14,11 +14,11 @@ from megatron_ext.config import InputError
 from megatron_ext.data.drafts import Lookup, caption_drafts, row_draft
 from megatron_ext.data.draws import draw
 from megatron_ext.data.encoded import Draft, EncodedDocuments, encode_drafts
-from megatron_ext.data.inputs import Batch
+from megatron_ext.data.inputs import Batch, row_place
 from megatron_ext.data.near_duplicates import PictureClusters
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.shingles import text_signatures
-from megatron_ext.data.sources import MediaSample, RawSample, parse_sample
+from megatron_ext.data.sources import MediaSample, parse_sample
 from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
 from megatron_ext.vocab import Vocabulary
 
@@ -53,8 +53,7 @@ class Encoder:
     def encode(self, batch: Batch) -> Result:
         """Raises InputError: a damaged tokenized sample."""
         result = Result(samples=len(batch.items))
-        good = _without_bad(batch.items, result)
-        drafts = {"media": self._of_media, "rows": self._of_rows, "text": self._of_texts}[batch.kind](good, result)
+        drafts = {"media": self._of_media, "rows": self._of_rows, "text": self._of_texts}[batch.kind](batch, result)
         by_split: dict[str, list[Draft]] = {}
         for group, draft in drafts:
             by_split.setdefault(self._split(group), []).append(draft)
@@ -65,28 +64,28 @@ class Encoder:
         held_out = self.config.valid_fraction and draw("valid", group) < self.config.valid_fraction
         return VALID if held_out else TRAIN
 
-    def _of_media(self, items: Iterable[RawSample], result: Result) -> Iterator[tuple[str, Draft]]:
-        for raw in items:
+    def _of_media(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
+        for raw in _without_bad(batch.items, result):
             sample = parse_sample(raw, self.vocabulary.layout.codebook_size)
-            for document in self._of_sample(sample, result):
+            for document in self._of_sample(sample, raw.place, result):
                 yield self.clusters.group(sample.key), document
 
-    def _of_sample(self, sample: MediaSample, result: Result) -> Iterator[Draft]:
+    def _of_sample(self, sample: MediaSample, place: str, result: Result) -> Iterator[Draft]:
         captions = [caption.strip() for caption in sample.captions]
         result.left_out["empty captions"] += captions.count("")
         captions = [caption for caption in captions if caption]
         if not all(map(is_unicode, captions)):
-            result.bad.append((sample.key, f"a caption is {NOT_UNICODE}"))
+            result.bad.append((place, f"a caption is {NOT_UNICODE}"))
         elif captions:
             yield from caption_drafts(sample.key, sample.media, captions, self.config)
         elif self.config.missing_caption == "keep":
             yield Draft(sample.key, (sample.media,))
         else:
-            result.bad.append((sample.key, "it has no caption"))
+            result.bad.append((place, "it has no caption"))
 
-    def _of_rows(self, items: Iterable[tuple[str, dict]], result: Result) -> Iterator[tuple[str, Draft]]:
+    def _of_rows(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
         """The first picture of a row decides its side; where it has none, its text."""
-        for key, row in items:
+        for key, row in _without_bad(batch.items, result):
             seen: list[str] = []
 
             def find(media_key: str, seen: list[str] = seen) -> MediaSample | None:
@@ -96,12 +95,12 @@ class Encoder:
             try:
                 document = row_draft(key, row, find, self.config)
             except InputError as error:
-                result.bad.append((key, str(error)))
+                result.bad.append((row_place(batch.path, key), str(error)))
                 continue
             yield self.clusters.group(seen[0]) if seen else self._text_groups(["".join(document.parts)])[0], document
 
-    def _of_texts(self, items: Iterable[tuple[str, str]], result: Result) -> Iterator[tuple[str, Draft]]:
-        texts = list(items)
+    def _of_texts(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
+        texts = list(_without_bad(batch.items, result))
         filled = [(key, text) for key, text in texts if text.strip()]
         result.left_out["empty texts"] += len(texts) - len(filled)
         groups = self._text_groups([text for _, text in filled])

@@ -45,6 +45,8 @@ class Batch(NamedTuple):
     """What a worker encodes at once."""
 
     kind: Kind
+    path: Path
+    """The file of its unit."""
     items: list
     """RawSample, (key, row) or (key, text); or a BadText in its place."""
 
@@ -158,10 +160,15 @@ def read_batches(units: Sequence[Unit], config: PreprocessConfig, on_read: Calla
             items.append(item)
             characters += size
             if len(items) == _BATCH_ITEMS or characters >= _BATCH_CHARACTERS:
-                yield Batch(unit.kind, items)
+                yield Batch(unit.kind, unit.path, items)
                 items, characters = [], 0
         if items:
-            yield Batch(unit.kind, items)
+            yield Batch(unit.kind, unit.path, items)
+
+
+def row_place(path: Path, key: str) -> str:
+    """Where a row is: rows of several files may have one key."""
+    return key if key.startswith(f"{path.as_posix()}#") else f"{path}: {key}"
 
 
 def _items(
@@ -179,7 +186,7 @@ def _items(
     for number, (item, size) in enumerate(source, 1):
         key = item.place if isinstance(item, RawSample | BadText) else item[0]
         if not isinstance(item, BadText) and key in seen:
-            place = key if unit.tar else f"{unit.path}: {key}"
+            place = key if unit.tar else row_place(unit.path, key)
             item = BadText(f"{place} (sample {number})", "its key has come before")
         seen.add(key)
         yield item, size

@@ -213,5 +213,5 @@ class Work:
             documents={split: len(writer) for split, writer in writers.items()},
             samples=samples,
             left_out=dict(sorted(left_out.items())),
-            skipped=tuple(bad.reasons.items()),
+            skipped=tuple(bad.samples),
         )

@@ -168,7 +168,7 @@ def _read(files: CorpusFiles, config: TextTokenizerTrainConfig) -> Corpus:
         sample_bytes=config.sample_bytes,
         held_out_bytes=config.held_out_bytes,
     )
-    bad.check(corpus.documents + len(bad.reasons))
+    bad.check(corpus.documents + len(bad.samples))
     if not corpus.lines:
         raise InputError(f"input: the {corpus.documents:,} documents hold no text to train on")
     for line in bad.lines():

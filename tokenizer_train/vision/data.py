@@ -21,6 +21,7 @@ from megatron_ext.config import BadSamples, InputError
 from megatron_ext.data.order import derive_key
 from megatron_ext.media import MediaError, MediaIndex, ResizeConfig, Sample, build_index, decode_clip, decode_picture
 from megatron_ext.media import resize as resize_picture
+from megatron_ext.media.samples import Extent
 from megatron_ext.observe.progress import progress
 from megatron_ext.vision import from_uint8
 from tokenizer_train.vision.config_media import MediaConfig
@@ -78,8 +79,10 @@ class TrainingMedia:
         self.bad = BadSamples(config.max_bad_fraction, field="media.max_bad_fraction")
         """What turned out to be unusable so far."""
         self._lock = threading.Lock()
-        for sample, fault in self._order.faults.items():
-            self.bad.add(self._index[sample].source, fault)
+        self._unusable: set[Extent] = set()
+        """Where those in `bad` are: threads that meet one together count it once."""
+        for number, fault in self._order.faults.items():
+            self._add_bad(self._index[number], fault)
         self.bad.check(len(self._index))
         self._check_parts()
         largest = max(cell.batch for cell in self._order.cells) // ranks
@@ -167,7 +170,7 @@ class TrainingMedia:
         while attempts:
             draws = {place: self._order.draw(slots[place], attempt) for place, attempt in attempts.items()}
             for place, draw in list(draws.items()):
-                while self._index[draw.sample].source in self.bad.reasons:
+                while self._index[draw.sample].media in self._unusable:
                     attempts[place] = self._next(slots[place], attempts[place])
                     draws[place] = draw = self._order.draw(slots[place], attempts[place])
             for (place, draw), found in zip(draws.items(), self._loader.decode(list(draws.values())), strict=True):
@@ -186,8 +189,13 @@ class TrainingMedia:
 
     def _note(self, sample: Sample, error: MediaError) -> None:
         with self._lock:
-            self.bad.add(sample.source, str(error))
+            self._add_bad(sample, str(error))
             self.bad.check(len(self._index))
+
+    def _add_bad(self, sample: Sample, reason: str) -> None:
+        if sample.media not in self._unusable:
+            self._unusable.add(sample.media)
+            self.bad.add(sample.source, reason)
 
     def _check_parts(self) -> None:
         for cell in self._order.cells:

@@ -194,6 +194,8 @@ class Evaluation:
         limit = config.limit or len(samples)
         self.samples = {kind: [s for s in samples if s.kind == kind][:limit] for kind in ("image", "video")}
         self.bad = BadSamples(config.max_bad_fraction)
+        self._unusable: set[str] = set()
+        """Keys of those in `bad`: every size meets them again."""
         shapes = [codec.model.config for codec in self.tokenizers]
         self._multiple = math.lcm(*(shape.temporal_downsample_factor for shape in shapes))
         factor = math.lcm(*(shape.spatial_factor for shape in shapes))
@@ -251,7 +253,7 @@ class Evaluation:
 
     def _frames(self, sample: Sample, size: int) -> np.ndarray | None:
         """Uint8 [T, H, W, C] of the centred square; None, and a note, where the sample cannot be used."""
-        if sample.source in self.bad.reasons:
+        if sample.key in self._unusable:
             return None
 
         def square(picture_HWC: np.ndarray) -> np.ndarray:
@@ -270,6 +272,7 @@ class Evaluation:
                 resize=square,
             ).frames_THWC
         except MediaError as error:
+            self._unusable.add(sample.key)
             self.bad.add(sample.source, str(error))
             self.bad.check(sum(map(len, self.samples.values())))
             return None
@@ -323,7 +326,7 @@ def main(argv: list[str]) -> None:
     report = {
         "config": as_dict(config), "device": evaluation.device.type, "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow", "av")},
-        "skipped": evaluation.bad.reasons, "rows": rows,
+        "skipped": evaluation.bad.samples, "rows": rows,
     }  # fmt: skip
     with replacing(output / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -196,6 +196,14 @@ def test_clips_in_pieces_and_shards(tmp_path, capsys):
     assert len(shards) == 3 and merged == (tmp_path / "one" / "captions-00000-of-00001.jsonl").read_bytes()
 
 
+def test_a_clip_without_answers_about_its_pieces_is_one_bad_sample(tmp_path, capsys):
+    more = {"shown.whole_under_s": 2, "shown.frame_edge": 64, "server.attempts": 1, "max_bad_fraction": 1}
+    with chat_server(tmp_path, always={"64": "400"}) as asked:
+        caption.main(options(MEDIA / "clips", tmp_path / "out", asked.url, **more))
+        assert len(asked.requests()) == 3
+    assert sum(line.startswith("skipped ") for line in capsys.readouterr().out.splitlines()) == 2
+
+
 def test_started_again_it_asks_about_what_changed_only(tmp_path, pictures, capsys):
     with chat_server(tmp_path) as asked:
         arguments = options(pictures, tmp_path / "out", asked.url)

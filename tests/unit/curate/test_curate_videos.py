@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_ext.config import InputError
+from megatron_ext.config import BadSamples, InputError
 from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.video import Video, upright
 from megatron_ext.curate.video_filters import VideoFiltersConfig, judge_aesthetics
@@ -184,6 +184,14 @@ def test_the_worst_of_three_frames_counts():
     worse = judge_aesthetics([6.0, 4.9, 7.0], bound)
     assert not worse.passed and worse.detail == "aesthetic 4.9 is below 5"
     assert not judge_aesthetics([math.nan, 6.0, 7.0], bound).passed
+
+
+def test_unreadable_videos_of_one_name_are_several():
+    bad = BadSamples(0.5)
+    lost = {"clip_of": "film", "source": "films.tar", "verdict": "unreadable", "detail": "damaged"}
+    scenes = [{"clip_of": "other", "source": "other.mp4", "verdict": verdict} for verdict in ("kept", "dropped")]
+    assert curate_videos._count_bad(bad, [lost, *scenes, lost]) == 3
+    assert bad.samples == [("films.tar", "damaged")] * 2
 
 
 def test_too_many_unreadable_videos_stop(curated, tmp_path):

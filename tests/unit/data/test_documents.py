@@ -193,12 +193,12 @@ def test_bad_rows_are_skipped_by_name(rows, capsys):
     skipped = [line.removeprefix("skipped ") for line in printed.splitlines() if line.startswith("skipped ")]
     unicode = "not UTF-8: it has a broken byte or a lone surrogate"
     assert skipped == [
-        "lost: no sample 'nobody' in row_media",
-        "kind: 'p1' is no clip",
-        "odd: content 0 is neither a text nor one of text, image and video with a string",
-        "blank: it is empty",
-        "half: it has neither content, nor question and answer as strings, nor turns of these",
-        "turns: turns is no list",
+        f"{rows}/rows.jsonl: lost: no sample 'nobody' in row_media",
+        f"{rows}/rows.jsonl: kind: 'p1' is no clip",
+        f"{rows}/rows.jsonl: odd: content 0 is neither a text nor one of text, image and video with a string",
+        f"{rows}/rows.jsonl: blank: it is empty",
+        f"{rows}/rows.jsonl: half: it has neither content, nor question and answer as strings, nor turns of these",
+        f"{rows}/rows.jsonl: turns: turns is no list",
         f"{rows}/rows.jsonl: fine (sample 8): its key has come before",
         f"{rows}/rows.jsonl:9: no JSON object",
         f"{rows}/rows.jsonl:10: no JSON object",

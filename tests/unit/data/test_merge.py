@@ -42,7 +42,9 @@ def inputs(tmp_path_factory, text_model) -> Path:
         media[f"{name}_bad"] = (rng.integers(0, CODEBOOK_SIZE, (3, 2, 3)), ["half \ud83d"])
         write_tokenized_folder(folder / name, media)
     rows = [{"content": ["see", {"image": f"a{n}"}, "and", {"image": f"b{n % 4}"}]} for n in range(9)]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"media": "none"}])))
+    bad = {"key": "bad", "media": "none"}
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, [*rows, bad])))
+    (folder / "rows2.jsonl").write_text(json.dumps(bad))
     for number in range(3):
         (folder / f"{number}.txt").write_text(
             "\n\n".join(f"text {line} of {number}" for line in range(20 * number + 1))
@@ -58,7 +60,7 @@ def arguments(folder: Path, output: Path, **options) -> list[str]:
         "vocab.text_tokenizer": folder / "text.model",
         "vocab.codebook_size": CODEBOOK_SIZE,
         "vision": [str(folder / "a"), str(folder / "b")],
-        "rows": [str(folder / "rows.jsonl")],
+        "rows": [str(folder / "rows*.jsonl")],
         "row_media": [str(folder / "a"), str(folder / "b")],
         "text": [str(folder / "*.txt")],
         "output_prefix": output,
@@ -94,7 +96,7 @@ def test_merged_shards_are_what_one_run_gives(inputs, whole, tmp_path, num_shard
         preprocess_data.main(arguments(inputs, tmp_path / "set", **more))
     if num_shards > 1:
         merge_datasets.main(["--output_prefix", str(tmp_path / "set")])
-        assert "skipped b_bad: a caption is not UTF-8" in capsys.readouterr().out
+        assert f"skipped {inputs}/b/codes-00001.tar: b_bad: a caption is not UTF-8" in capsys.readouterr().out
     found = files(tmp_path, "set")
     assert found.keys() == whole.keys() and len(whole) == 2 * 6 + 1
     assert [name for name in whole if found[name] != whole[name]] == []

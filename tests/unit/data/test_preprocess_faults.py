@@ -97,6 +97,26 @@ def test_when_bad_samples_are_too_many():
     assert not stops(5000, 5000, None, 1.0)
 
 
+def test_bad_samples_of_one_source_are_several():
+    samples = BadSamples(0.5)
+    for reason in ("cut off", "cut off", "empty"):
+        samples.add("a.tar", reason)
+    assert samples.lines() == ["skipped a.tar: cut off"] * 2 + ["skipped a.tar: empty"]
+    with pytest.raises(InputError, match=r"3 of 5 samples .* \(a.tar: cut off; a.tar: cut off; a.tar: empty\)"):
+        samples.check(5)
+
+
+def test_rows_of_one_key_in_several_files_are_each_named(texts, capsys):
+    for name in ("a", "b"):
+        (texts / f"{name}.jsonl").write_text('{"key": "same", "media": "x"}\n{"question": "x"}')
+    options = {"rows": [str(texts / "*.jsonl")], "max_bad_fraction": 1}
+    preprocess_data.main(only_texts(texts, **options))
+    report = json.loads((texts / "out/set.report.json").read_text())
+    assert [source for source, _ in report["skipped"]] == [
+        f"{texts}/{name}.jsonl{row}" for name in ("a", "b") for row in (": same", "#2")
+    ]
+
+
 def ends_on_a_full_disk(program, arguments_: list[str], size: int) -> str:
     """What the program says where no file may grow beyond `size` bytes: like a full disk, an error of the system."""
     read, write = os.pipe()

@@ -93,7 +93,7 @@ def test_captions_of_folders_and_tars(tmp_path: Path) -> None:
     bad = BadSamples(1)
     found = _documents(captions=(str(folder), f"{tmp_path}/*.tar"), bad=bad)
     assert found == ["a cat", "一只猫"] * 2
-    assert list(bad.reasons) == [f"{folder}/b.png", f"{tmp_path}/shard.tar:tar/b.png"]
+    assert [source for source, _ in bad.samples] == [f"{folder}/b.png", f"{tmp_path}/shard.tar:tar/b.png"]
 
 
 @pytest.mark.parametrize(

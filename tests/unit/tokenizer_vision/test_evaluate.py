@@ -88,6 +88,15 @@ def test_clips_whole_and_in_chunks(folders):
     assert chunks[3]["bits_per_pixel"] <= chunks[0]["bits_per_pixel"]
 
 
+def test_a_bad_picture_counts_once_over_all_sizes(folders, tmp_path):
+    (tmp_path / "bad.png").write_bytes(b"damaged")
+    inputs = f"--inputs=[{folders / 'media'},{tmp_path / 'bad.png'}]"
+    quick = ("--perceptual=none", "--frechet=none", "--references=false")
+    report = run(folders, inputs, "--sizes=[32,40]", "--max_bad_fraction=0.25", *quick)
+    [(source, _)] = report["skipped"]
+    assert source == str(tmp_path / "bad.png") and {row["samples"] for row in report["rows"]} == {3}
+
+
 def test_bad_input_gets_one_line(folders, tmp_path):
     media = f"--inputs=[{folders / 'media'}]"
     for options, message in (

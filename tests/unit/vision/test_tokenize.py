@@ -106,6 +106,12 @@ def test_too_many_bad_samples_stop_and_the_work_before_them_stays(arguments, med
         tokenize_vision.main(strict)
 
 
+def test_what_listing_finds_unusable_counts_once(arguments, media, tmp_path):
+    (media / "a.png").with_suffix(".webp").write_bytes(b"beside a.png")
+    tokenize_vision.main([*arguments, "--max_bad_fraction=0.29"])  # 2 of 7
+    assert set(skipped(tmp_path / "codes")) == {"a", "d"}
+
+
 def test_preprocessing_reads_what_is_written(tmp_path):
     rng = np.random.default_rng(0)
     picture, clip = rng.integers(0, 70_000, (2, 3)), rng.integers(0, 70_000, (4, 2, 3))
