@@ -4,7 +4,6 @@ FOLDER/clips/clips-000000.tar   KEY.mp4 (a whole video keeps its own suffix) and
 The rows name tar (from FOLDER), offset and size of a kept clip, of a dropped one those of its video.
 """
 
-import io
 import json
 import tarfile
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from megatron_ext.curate.table import PartTable, Row, replace_file, schema_of
 from megatron_ext.curate.verdict import KEPT, UNREADABLE, Judgement, Verdict, verdict_of
 from megatron_ext.curate.video_filters import Looked
 from megatron_ext.media import Fault, Sample, readable_name
+from megatron_ext.media.members import add_member, stem_of
 from megatron_ext.media.samples import Extent
 
 CLIPS = "clips"
@@ -102,8 +102,9 @@ def _rows(video: JudgedVideo, tar: tarfile.TarFile, path: Path) -> Iterable[Row]
         fields = {**names, **_fields(video, clip)}
         place = _place(entry.media)
         if clip.verdict.verdict == KEPT:
-            offset = _add(tar, f"{fields['key']}.{clip.suffix}", clip.content)
-            _add(tar, f"{fields['key']}.json", json.dumps(fields, ensure_ascii=False).encode())
+            stem = stem_of(fields["key"])
+            offset = add_member(tar, f"{stem}.{clip.suffix}", clip.content)
+            add_member(tar, f"{stem}.json", json.dumps(fields, ensure_ascii=False).encode())
             place = {"path": f"{CLIPS}/{path.name}", "offset": offset, "size": len(clip.content)}
         yield {**fields, **place, **vars(clip.verdict)}
 
@@ -127,12 +128,3 @@ def _fields(video: JudgedVideo, clip: JudgedClip) -> Row:
         "width": video.looked.width,
         **{name: scores.get(name) for name in MEASURED},
     }
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Append a member; where its bytes begin in the tar."""
-    member = tarfile.TarInfo(name)  # no times, no owner: equal clips give equal tars
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))
-    blocks = -(-len(content) // tarfile.BLOCKSIZE)
-    return tar.offset - blocks * tarfile.BLOCKSIZE

@@ -6,7 +6,6 @@ FOLDER/kept/kept-000000.tar   WebDataset: KEY.jpg (the file as it was) and KEY.j
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import tarfile
@@ -21,6 +20,7 @@ from megatron_ext.curate.table import MADE_BY, SAMPLE_COLUMNS, Row, replace_file
 from megatron_ext.curate.verdict import KEPT
 from megatron_ext.files import writing
 from megatron_ext.media import MediaError
+from megatron_ext.media.members import add_member, media_suffix, stem_of
 from megatron_ext.media.samples import Extent
 
 LISTED = [column.name for column in SAMPLE_COLUMNS]
@@ -115,12 +115,9 @@ def _write_tar(rows: Sequence[Row], path: Path) -> None:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for row in rows:
             fields = {"key": row["key"], "captions": row["captions"], **{name: row[name] for name in MEASURED}}
-            suffix = row["source"].rpartition(".")[2].lower()
-            text = json.dumps(fields, ensure_ascii=False).encode()
-            for name, content in ((f"{row['key']}.{suffix}", _content(row)), (f"{row['key']}.json", text)):
-                member = tarfile.TarInfo(name)  # no times, no owner: equal pictures give equal tars
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+            stem = stem_of(row["key"])
+            add_member(tar, f"{stem}.{media_suffix('image', row['source'], row['path'])}", _content(row))
+            add_member(tar, f"{stem}.json", json.dumps(fields, ensure_ascii=False).encode())
 
 
 def _content(row: Row) -> bytes:

@@ -18,7 +18,7 @@ from megatron_ext.curate.scenes import ScenesConfig
 from megatron_ext.curate.verdict import KEPT
 from megatron_ext.curate.video_filters import Looked, VideoFiltersConfig, judge_aesthetics, look_through
 from megatron_ext.media import Fault, MediaError, Sample
-from megatron_ext.media.samples import KINDS
+from megatron_ext.media.members import media_suffix
 from megatron_ext.media.workers import WorkerPool
 
 Item = TypeVar("Item")
@@ -103,13 +103,12 @@ def _cut(video: JudgedVideo, encoding: EncodingConfig) -> JudgedVideo:
     """The video with the files of its kept clips."""
     if video.looked is None:
         return video
-    own_suffix = video.entry.source.rpartition(".")[2].lower()
-    if KINDS.get(own_suffix) != "video":  # a manifest may call it anything
-        own_suffix = "mp4"
+    media = video.entry.media
+    own_suffix = media_suffix("video", video.entry.source, str(media.path))
     clips = []
     for clip in video.clips:
         if clip.verdict.verdict == KEPT:
-            content, suffix = clip_file(video.entry.media, clip.span, own_suffix, encoding)
+            content, suffix = clip_file(media, clip.span, own_suffix, encoding)
             clip = replace(clip, content=content, suffix=suffix)
         clips.append(clip)
     return replace(video, clips=tuple(clips))

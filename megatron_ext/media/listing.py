@@ -2,8 +2,8 @@
 
 A folder is img2dataset's "files" output: KEY.jpg (or another picture or clip), KEY.txt with the caption, KEY.json with
 more about it; sub-folders are searched. A tar is a WebDataset shard: members of one key stand together.
-A key is the path without everything from the first dot of its last part. A manifest (module manifests) names one
-sample per row.
+A key is the path without everything from the first dot of its last part (module members). A manifest (module
+manifests) names one sample per row.
 
 Inputs are paths or glob patterns. Listing reads names only (of a tar, its headers); the bytes are read sample by
 sample, in any order.
@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 from megatron_ext.config import InputError
 from megatron_ext.media.manifests import MANIFESTS, open_manifest
+from megatron_ext.media.members import key_of
 from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, readable_name
 
 # KEY.mask.png beside KEY.jpg is something else about the sample; alone it is a picture whose name has a dot.
@@ -206,23 +207,16 @@ def _tar_samples(path: Path) -> list[Sample | Fault]:
         return [_fault_of(path, f"it is not an uncompressed tar ({fault})")]
     if fault is None or not entries:
         return _grouped(entries) or [_fault_of(path, f"it holds no picture and no clip ({fault or 'it is whole'})")]
-    last = _key(entries[-1][0])
+    last = key_of(entries[-1][0])
     reason = f"the tar is {fault}: this sample may lack files, and what followed is lost"
     return [
-        *_grouped(entry for entry in entries if _key(entry[0]) != last),
+        *_grouped(entry for entry in entries if key_of(entry[0]) != last),
         Fault(key=readable_name(last), source=readable_name(entries[-1][1]), reason=reason),
     ]
 
 
 def _fault_of(path: Path, reason: str) -> Fault:
     return Fault(key=readable_name(path.stem), source=readable_name(str(path)), reason=reason)
-
-
-def _key(name: str) -> str:
-    """What a file's name says about its sample: everything before the first dot of its last part."""
-    folder, _, last = name.rpartition("/")
-    stem = last.partition(".")[0]
-    return f"{folder}/{stem}" if folder else stem
 
 
 def _grouped(entries: Iterable[tuple[str, str, Extent]]) -> list[Sample | Fault]:
@@ -234,7 +228,7 @@ def _grouped(entries: Iterable[tuple[str, str, Extent]]) -> list[Sample | Fault]
     found: dict[str, list[Sample | Fault]] = {}
     for name, source, extent in entries:
         _, _, suffix = name.rpartition("/")[2].partition(".")
-        key = _key(name)
+        key = key_of(name)
         if name.rpartition("/")[2].startswith("."):  # hidden files
             continue
         files = parts.setdefault(key, {})

@@ -23,6 +23,7 @@ import numpy as np
 
 from megatron_ext.config import InputError
 from megatron_ext.files import replacing, writing
+from megatron_ext.media.members import add_member, stem_of
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -309,9 +310,7 @@ def _members(sample: TokenizedSample, dtype: type) -> Iterator[tuple[str, bytes]
     if sample.kind == "video":
         fields |= {"frame_rate_mhz": sample.frame_rate_mhz, "duration_ms": sample.duration_ms}
     fields |= {"source": sample.source, "source_sha256": sample.source_sha256}
-    # WebDataset's name of a sample ends at the first dot of its last part; a manifest's keys may have dots.
-    folder, slash, last = sample.key.rpartition("/")
-    stem = folder + slash + (last.replace("%", "%25").replace(".", "%2E") if "." in last else last)
+    stem = stem_of(sample.key)
     yield f"{stem}.codes.npy", array.getvalue()
     yield f"{stem}.json", json.dumps(fields, ensure_ascii=False).encode()
 
@@ -321,9 +320,7 @@ def _tar(members: Iterable[tuple[str, bytes]]) -> bytes | None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for name, content in members:
-            member = tarfile.TarInfo(name)  # no times, no owner: equal samples give equal shards
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+            add_member(tar, name, content)
         is_empty = not tar.offset
     return None if is_empty else buffer.getvalue()
 

@@ -155,6 +155,24 @@ def test_kept_tars_hold_the_files_as_they_were(undisturbed):
         assert list(by_key[row["key"]].captions()) == row["captions"]
 
 
+def test_any_key_and_source_survive_the_tars(tmp_path):
+    rows = {}
+    for number, (key, source) in enumerate(
+        {"img_0001.jpg": "img_0001.jpg", "cat.001": "https://host/x", "cat.002": "https://host/y.html"}.items()
+    ):
+        (tmp_path / f"{number}.png").write_bytes(encoded(clouds(number)))
+        rows[key] = {"path": f"{number}.png", "key": key, "kind": "image", "source": source, "caption": f"No {number}"}
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows.values())))
+    output = tmp_path / "out"
+    main(["--inputs", json.dumps([str(tmp_path / "rows.jsonl")]), "--output", str(output), "--kept", "tars", *SMALL])
+    samples = {sample.key: sample for sample in list_samples((output / "kept").glob("*.tar"))}
+    assert {key: [row["caption"]] for key, row in rows.items()} == {
+        key: list(sample.captions()) for key, sample in samples.items()
+    }
+    for key, row in rows.items():
+        assert samples[key].media.read() == (tmp_path / row["path"]).read_bytes() and samples[key].kind == "image"
+
+
 def contents(output: Path) -> dict[str, bytes]:
     return {str(path.relative_to(output)): path.read_bytes() for path in output.rglob("*") if path.is_file()}
 
