@@ -13,7 +13,9 @@
 Other columns are passed over. Rows stay in their order.
 """
 
+import bisect
 import functools
+import itertools
 import json
 import os
 from array import array
@@ -85,21 +87,24 @@ class ParquetManifest:
             raise InputError(f"manifest {path} has no column path; it has {', '.join(names)}")
         self._columns = [name for name in names if name in _COLUMNS or name.startswith("caption")]
         metadata = self._file.metadata
-        self._groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+        counts = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
+        self._ends = list(itertools.accumulate(counts))
         self._held: tuple[int, pyarrow.Table] | None = None
 
     def __len__(self) -> int:
-        return sum(self._groups)
+        return self._ends[-1] if self._ends else 0
 
     def entries(self, first: int, stop: int) -> list[Sample | Fault]:
         """What rows `first` to `stop` - 1 name."""
-        found, start = [], 0
-        for number, count in enumerate(self._groups):
-            low, high = max(first - start, 0), min(stop - start, count)
-            if low < high:
-                rows = self._group(number).slice(low, high - low).to_pylist()
-                found += (_entry(self._path, row, fields) for row, fields in enumerate(rows, start + low + 1))
-            start += count
+        found = []
+        stop = min(stop, len(self))
+        number = bisect.bisect_right(self._ends, first)  # of the first group that ends after row `first`
+        while first < stop:
+            start, end = self._ends[number - 1] if number else 0, min(stop, self._ends[number])
+            rows = self._group(number).slice(first - start, end - first).to_pylist()
+            found += (_entry(self._path, row, fields) for row, fields in enumerate(rows, first + 1))
+            first = end
+            number += 1
         return [entry for entry in found if entry is not None]
 
     def _group(self, number: int) -> "pyarrow.Table":

@@ -83,6 +83,24 @@ def test_rows_name_samples(folder, write):
     assert pieces == entries
 
 
+def test_rows_of_parquet_are_found_among_any_row_groups(folder):
+    path = folder / "groups.parquet"
+    paths = pa.table({"path": [str(folder / "b.jpg")] * 7, "key": list("abcdefg")})
+    with pq.ParquetWriter(path, paths.schema) as writer:
+        for first, stop in ((0, 0), (0, 2), (2, 3), (3, 3), (3, 6), (6, 7), (7, 7)):
+            writer.write_table(paths.slice(first, stop - first))
+    [part] = parts_of([path])
+    listing = listing_of(part)
+    assert len(listing) == 7
+    for first in range(8):
+        for stop in range(first, 9):
+            found = "".join(entry.key for entry in listing.entries(first, stop))
+            assert found == "abcdefg"[first:stop], (first, stop)
+    pq.write_table(paths.slice(0, 0), path)
+    empty = listing_of(part)
+    assert len(empty) == 0 and empty.entries(0, 5) == []
+
+
 def test_what_no_manifest_can_hold(folder):
     path = folder / "rows.jsonl"
     path.write_text(
