@@ -66,11 +66,9 @@ def plan_tars(folder: Path, per_tar: int) -> int:
     kept = folder / "kept"
     with writing(kept, "output"):
         kept.mkdir(exist_ok=True)
-    with rows.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     verdicts = pq.read_table(rows, columns=["verdict"])["verdict"]
     pictures = pc.sum(pc.equal(verdicts, KEPT)).as_py() or 0
-    plan = {"rows_sha256": digest, "per_tar": per_tar, "pictures": pictures, "tars": -(-pictures // per_tar)}
+    plan = {"rows_sha256": _digest(rows), "per_tar": per_tar, "pictures": pictures, "tars": -(-pictures // per_tar)}
     content = json.dumps(plan, indent=1) + "\n"
     made_by = kept / MADE_BY
     if not made_by.exists() or made_by.read_text(encoding="utf-8") != content:
@@ -98,10 +96,18 @@ def write_tars(folder: Path, shard_index: int, num_shards: int, advance: Callabl
     """Write those of the planned tars that fall to this job and are not there; `advance` is told of each.
 
     Raises:
-        InputError: a picture is not any more what was measured; a tar cannot be written.
+        InputError: the tars were planned of another table than the folder holds; a picture is not any more what was
+            measured; a tar cannot be written.
     """
     plan = planned_tars(folder)
-    rows = kept_rows(folder / "rows.parquet", [*LISTED, *MEASURED])
+    table = folder / "rows.parquet"
+    if _digest(table) != plan["rows_sha256"]:
+        # Tars of both would hold some pictures twice and others not at all.
+        raise InputError(
+            f"{folder / 'kept' / MADE_BY} is the plan of another table than {table}: run the stage decide again with "
+            "kept: tars"
+        )
+    rows = kept_rows(table, [*LISTED, *MEASURED])
     for number in range(plan["tars"]):
         chosen = list(itertools.islice(rows, plan["per_tar"]))
         path = folder / "kept" / f"kept-{number:06d}.tar"
@@ -109,6 +115,15 @@ def write_tars(folder: Path, shard_index: int, num_shards: int, advance: Callabl
             if not path.exists():
                 replace_file(path, functools.partial(_write_tar, chosen))
             advance(1)
+    kept = folder / "kept"
+    if len(list(kept.glob("kept-*.tar"))) == plan["tars"]:
+        for leftover in kept.glob(".*.tmp"):  # of jobs that were killed
+            leftover.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_tar(rows: Sequence[Row], path: Path) -> None:

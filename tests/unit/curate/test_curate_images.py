@@ -320,6 +320,33 @@ def test_a_picture_that_changed_is_not_written_as_if_it_were_the_one_measured(tm
         main([*options, "--stage", "write"])
 
 
+def test_tars_of_two_tables_are_not_mixed(tmp_path):
+    (tmp_path / "in").mkdir()
+    large = encoded(clouds(1, 160, 128))
+    half = encoded(np.asarray(decode_picture(large))[::2, ::2])
+    for name, content in {"a": encoded(clouds(0)), "half": half, "large": large}.items():
+        (tmp_path / "in" / f"{name}.png").write_bytes(content)
+    output = tmp_path / "out"
+    options = ["--inputs", json.dumps([str(tmp_path / "in")]), "--output", str(output), *SMALL]
+    write = ["--kept", "tars", "--pictures_per_tar", "1", "--stage", "write", "--num_shards", "2", "--shard_index"]
+    main([*options, "--kept", "tars", "--pictures_per_tar", "1"])
+    (output / "kept" / "kept-000000.tar").unlink()
+    (output / "kept" / ".kept-000000.tar.0123.tmp").write_bytes(b"of a killed job")
+    main([*options, "--filters.max_hash_distance", "null", "--stage", "decide"])
+    with pytest.raises(InputError, match=r"kept/made_by.json is the plan of another table than .*rows.parquet"):
+        main([*options, *write, "0"])
+    assert [path.name for path in (output / "kept").glob("*.tar")] == ["kept-000001.tar"]
+    main([*options, "--stage", "decide"])
+    main([*options, *write, "1"])
+    assert len(list((output / "kept").glob(".*.tmp"))) == 1, "it may be of a job that is running"
+    main([*options, *write, "0"])
+    assert sorted(path.name for path in (output / "kept").iterdir()) == [
+        "kept-000000.tar",
+        "kept-000001.tar",
+        "made_by.json",
+    ]
+
+
 def test_an_empty_table(tmp_path):
     (tmp_path / "none.jsonl").write_bytes(b"")
     with pytest.raises(InputError, match="none.jsonl hold nothing"):

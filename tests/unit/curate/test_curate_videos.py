@@ -21,10 +21,14 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_ext.config import BadSamples, InputError
+from megatron_ext.curate.clip_parts import SCHEMA, JudgedClip, JudgedVideo, write_part
+from megatron_ext.curate.clips import Span
 from megatron_ext.curate.pictures import clip_square
+from megatron_ext.curate.table import PartTable
 from megatron_ext.curate.video import Video, upright
-from megatron_ext.curate.video_filters import VideoFiltersConfig, judge_aesthetics
-from megatron_ext.media import list_samples
+from megatron_ext.curate.video_filters import Looked, VideoFiltersConfig, judge_aesthetics
+from megatron_ext.media import Sample, list_samples
+from megatron_ext.media.samples import Extent
 from tests.support.small_clip import SIDE, head_weights, plain_scores, save_clip
 from tests.unit.curate.films import CLIPS, extent_of, film, shot
 from tools import curate_videos
@@ -127,6 +131,27 @@ def test_kept_clips_are_samples_with_metadata(curated):
         "A tree.",
     ]
     assert samples["sub/film-00000"].captions() == (), "what is said of a film need not be true of a part"
+
+
+def test_clips_of_videos_whose_keys_have_dots(tmp_path):
+    table = PartTable(tmp_path, SCHEMA, {})
+    span = Span(number=0, first_stamp=0, end_stamp=8, start_s=0, end_s=1, num_frames=8, is_whole=True)
+    looked = Looked(height=8, width=8, frame_rate=8, captions=("A cat.",), candidates=())
+    media = Extent(path=tmp_path / "x.tar", offset=0, size=0, stamp=0)
+    keys = ["cat.001", "cat.002", "movie.mp4"]
+    videos = [
+        JudgedVideo(
+            entry=Sample(key=key, kind="video", source=key, media=media, text=None, fields=None),
+            looked=looked,
+            clips=(JudgedClip(span=span, judgements=(), content=key.encode(), suffix="mp4"),),
+        )
+        for key in keys
+    ]
+    write_part(table, 0, videos)
+    samples = list_samples([tmp_path / "clips" / "*.tar"])
+    assert [sample.key for sample in samples] == [f"{key}-00000" for key in keys]
+    assert [sample.media.read() for sample in samples] == [key.encode() for key in keys]
+    assert all(sample.captions() == ("A cat.",) for sample in samples)
 
 
 def test_the_report_tells_the_funnel(curated):
