@@ -6,6 +6,7 @@ not finished; when inputs, tokenizer or options are not as they were, it refuses
 """
 
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -89,6 +90,8 @@ class Work:
 
     chunk: Chunk
     entries: list[Sample | Fault]
+    passed: float
+    """How far through all inputs its end is, in 0..1."""
 
 
 def manifest_header(config: TokenizeVisionConfig, parts: list[Part], model: MoVQGAN) -> dict:
@@ -109,7 +112,7 @@ def manifest_header(config: TokenizeVisionConfig, parts: list[Part], model: MoVQ
 
 def chunks_of_job(parts: list[Part], shard_size: int, index: int, count: int) -> Iterator[Work]:
     """The chunks of job `index` of `count`: tars whole, in turn, so that a job lists only its own; folders and
-    manifests, which every job lists, chunk by chunk."""
+    manifests, which every job lists, chunk by chunk. An input is listed when its turn comes."""
     for number, part in enumerate(parts):
         if part.layout == "tar" and number % count != index:
             continue
@@ -120,7 +123,7 @@ def chunks_of_job(parts: list[Part], shard_size: int, index: int, count: int) ->
                 continue
             entries = listing.entries(place * shard_size, (place + 1) * shard_size)
             chunk = Chunk(part=number, number=place, count=chunks, inputs_sha256=_digest(entries))
-            yield Work(chunk=chunk, entries=entries)
+            yield Work(chunk=chunk, entries=entries, passed=(number + (place + 1) / chunks) / len(parts))
 
 
 def _digest(entries: list[Sample | Fault]) -> str:
@@ -149,7 +152,7 @@ def main(argv: list[str]) -> None:
     folder = CodesFolder(config.output, manifest_header(config, parts, model), overwrite=config.overwrite)
     if not config.merge_only:
         job = _Job(config, model, folder, bad, console)
-        job.run(list(chunks_of_job(parts, config.shard_size, index, count)))
+        job.run(chunks_of_job(parts, config.shard_size, index, count))
         if count > 1:
             then = "when all are, complete the folder with merge_only: true"
             console.print(f"{config.output}: job {index} of {count} is finished; {then}", soft_wrap=True)
@@ -169,36 +172,60 @@ class _Job:
         self._folder = folder
         self._bad = bad
         self._console = console
-        self._total = 0
+        self._listed = 0
+        """Samples of the chunks whose turn has come."""
+        self._reused = 0
+        """Those of them that were finished."""
+        self._passed = 0.0
+        """How far through the inputs the last of these chunks is."""
+        self._total: int | None = None
+        """All samples of the job; None as long as there are more chunks to list."""
 
-    def run(self, works: list[Work]) -> None:
-        """Tokenize what is not finished."""
+    def run(self, works: Iterator[Work]) -> None:
+        """Tokenize what is not finished; a chunk is listed when its turn comes."""
         output = self._config.output
-        self._total = sum(len(work.entries) for work in works)
-        todo = []
+        todo = self._unfinished(works)
+        first = next(todo, None)
+        if first is None:
+            self._console.print(f"{output} is finished and nothing has changed: reused", soft_wrap=True)
+            return
+        if self._reused:
+            self._console.print(f"{output}: {self._reused:,} samples were done before, going on", soft_wrap=True)
+        start = time.monotonic()
+        self._model.to(choose_device(RuntimeConfig(device=self._config.device), 0))
+        with progress("tokenize", self._expected(), "samples", self._console) as advance:
+            self._tokenize(itertools.chain([first], todo), lambda count: advance(count, self._expected()))
+        done = f"tokenized {self._total - self._reused} samples in {time.monotonic() - start:.1f} s"
+        before = f"; {self._reused} of {self._total} samples were done before" if self._reused else ""
+        self._console.print(done + before, soft_wrap=True)
+
+    def _unfinished(self, works: Iterator[Work]) -> Iterator[Work]:
+        """The chunks to be tokenized. What is known to be unusable is counted as it is listed."""
         for work in works:
             record = self._folder.finished(work.chunk)
             if record is None:
                 work.entries[:] = _distinct(work.entries)
-                todo.append(work)
-            known = record["skipped"] if record else _faults(work.entries)
-            for item in known:
+            else:
+                self._reused += len(work.entries)
+            self._listed += len(work.entries)
+            self._passed = work.passed
+            for item in record["skipped"] if record else _faults(work.entries):
                 self._bad.add(item["source"], item["reason"])
-        self._bad.check(self._total)
-        left = sum(len(work.entries) for work in todo)
-        if not todo:
-            self._console.print(f"{output} is finished and nothing has changed: reused", soft_wrap=True)
-            return
-        if left < self._total:
-            done = f"{self._total - left} of {self._total} samples were done before, going on"
-            self._console.print(f"{output}: {done}", soft_wrap=True)
-        start = time.monotonic()
-        self._model.to(choose_device(RuntimeConfig(device=self._config.device), 0))
-        with progress("tokenize", left, "samples", self._console) as advance:
-            self._tokenize(todo, advance)
-        self._console.print(f"tokenized {left} samples in {time.monotonic() - start:.1f} s", soft_wrap=True)
+            self._check_bad()
+            if record is None:
+                yield work
+        self._total = self._listed
+        self._check_bad()
 
-    def _tokenize(self, todo: list[Work], advance: Callable[[int], None]) -> None:
+    def _expected(self) -> int:
+        """Samples that are to be tokenized, as far as the chunks listed so far tell."""
+        return (self._total or round(self._listed / self._passed)) - self._reused
+
+    def _check_bad(self) -> None:
+        # Finished shards stay: with a larger fraction the work goes on.
+        self._bad.check_early(self._listed, self._total)
+
+    def _tokenize(self, todo: Iterator[Work], advance: Callable[[int], None]) -> None:
         decoder = Decoder(
             resize=self._config.resize,
             clips=self._config.clips,
@@ -207,12 +234,14 @@ class _Job:
         )
         with WorkerPool(decoder, self._config.decode_workers, timeout_s=self._config.worker_timeout_s) as pool:
             # One stream over all chunks: the workers go on while a shard is written.
-            results = pool.map(entry for work in todo for entry in work.entries if isinstance(entry, Sample))
+            begun, todo = itertools.tee(todo)
+            results = pool.map(entry for work in begun for entry in work.entries if isinstance(entry, Sample))
             for work in todo:
                 skipped: list[Skipped] = []
                 usable = self._usable(work.entries, results, skipped, advance)
                 samples = tokenize(usable, self._model, batch_size=self._config.batch_size, advance=advance)
                 self._folder.write(work.chunk, samples, skipped)
+                work.entries.clear()  # tee lets go of what both have had by the dozen
 
     def _usable(
         self,
@@ -229,9 +258,9 @@ class _Job:
                 continue
             source = readable_name(entry.source)
             skipped.append({"key": entry.key, "source": source, "reason": str(result)})
-            if isinstance(entry, Sample):  # faults were counted at the start
+            if isinstance(entry, Sample):  # faults were counted as they were listed
                 self._bad.add(source, str(result))
-                self._bad.check(self._total)  # finished shards stay: with a larger fraction the work goes on
+                self._check_bad()
             advance(1)
 
 

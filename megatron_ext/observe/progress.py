@@ -1,8 +1,9 @@
-"""Progress of a long pass over a known number of items: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long pass over items whose number is known or estimated: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,8 +13,15 @@ from megatron_ext.observe.writers import duration
 SECONDS_BETWEEN_LINES = 5.0
 
 
+class Advance(Protocol):
+    """What is told of the items just done."""
+
+    def __call__(self, count: int, total: int | None = None, /) -> None:
+        """`count` items are done; `total` is a better estimate of how many there are."""
+
+
 @contextlib.contextmanager
-def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Callable[[int], None]]:
+def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Advance]:
     """A function to call with the number of items just done; shows count, rate and time left.
 
     `unit` is what an item is called, in the plural.
@@ -29,8 +37,8 @@ def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Ca
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(label, total=total, rate="")
 
-            def advance(count: int) -> None:
-                bar.advance(task, count)
+            def advance(count: int, better: int | None = None) -> None:
+                bar.update(task, advance=count, total=better)
                 bar.update(task, rate=f"{_rate(bar.tasks[0].speed or 0)} {unit}/s")
 
             yield advance
@@ -39,9 +47,10 @@ def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Ca
     start = last = time.monotonic()
     done = 0
 
-    def report(count: int) -> None:
-        nonlocal done, last
+    def report(count: int, better: int | None = None) -> None:
+        nonlocal done, last, total
         done += count
+        total = total if better is None else better
         now = time.monotonic()
         if done == total or now - last >= SECONDS_BETWEEN_LINES:
             last = now

@@ -20,3 +20,23 @@ def test_plain_lines(monkeypatch):
         "tokenize: 20/40 pictures | 3.3 pictures/s | ETA 6s",
         "tokenize: 40/40 pictures | 3.6 pictures/s | ETA 0s",
     ]
+
+
+def test_a_total_that_becomes_known(monkeypatch):
+    clock = iter([0.0, 5.0, 10.0, 11.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    output = io.StringIO()
+    with progress("tokenize", 40, "pictures", Console(file=output)) as advance:
+        advance(10, 20)
+        advance(10, 50)
+        advance(10, 30)
+    assert output.getvalue().splitlines() == [
+        "tokenize: 10/20 pictures | 2.0 pictures/s | ETA 5s",
+        "tokenize: 20/50 pictures | 2.0 pictures/s | ETA 15s",
+        "tokenize: 30/30 pictures | 2.7 pictures/s | ETA 0s",
+    ]
+    monkeypatch.undo()
+    terminal = Console(file=output, force_terminal=True, width=100)
+    with progress("tokenize", 40, "pictures", terminal) as advance:
+        advance(10, 20)
+    assert "10/20" in output.getvalue()

@@ -92,15 +92,20 @@ def test_a_caption_that_is_not_unicode_is_skipped_by_name(arguments, media, tmp_
     assert list(reasons) == ["a", "d"] and "surrogates not allowed" in reasons["a"]
 
 
-def test_too_many_bad_samples_stop_and_the_work_before_them_stays(arguments, media, tmp_path, capsys):
+def test_too_many_bad_samples_stop_and_finished_work_stays(arguments, media, tmp_path, capsys):
     strict = [*arguments, "--shard_size=2", "--max_bad_fraction=0.16"]
     with pytest.raises(InputError, match=r"1 of 6 samples .* max_bad_fraction 0.16 \(.*d.jpg: not a readable picture"):
         tokenize_vision.main(strict)
-    assert {path.name for path in (tmp_path / "codes").iterdir()} == {"codes-00000-00000.tar", "finished"}
+    # How many samples there are is known when the last chunk is listed.
+    shards = {f"codes-00000-0000{number}.tar" for number in range(3)}
+    assert {path.name for path in (tmp_path / "codes").iterdir()} == {*shards, "finished"}
+    with pytest.raises(InputError, match="1 of 2 samples|1 of 4 samples"):  # none is allowed: at once
+        tokenize_vision.main([*strict, "--max_bad_fraction=0", f"--output={tmp_path / 'none'}"])
+    assert len(list((tmp_path / "none").glob("*.tar"))) == 1
     lenient = [*strict, "--max_bad_fraction=0.17"]
     tokenize_vision.main(lenient)
     printed = capsys.readouterr().out
-    assert "2 of 6 samples were done before" in printed
+    assert "is finished and nothing has changed: reused" in printed
     assert f"skipped {media / 'd.jpg'}: not a readable picture" in printed
     with pytest.raises(InputError, match="1 of 6 samples"):  # of a finished folder too
         tokenize_vision.main(strict)

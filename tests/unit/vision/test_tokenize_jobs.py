@@ -3,6 +3,7 @@
 import json
 import shutil
 import tarfile
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_ext.config import InputError
 from megatron_ext.data.sources import TokenizedFolder
+from megatron_ext.vision.shards import CodesFolder
 from tests.unit.vision.tokenized import contents, skipped, tree
 from tools import tokenize_vision
 
@@ -154,3 +156,48 @@ def test_nothing_is_left_of_what_is_overwritten(arguments, tmp_path):
     (tmp_path / "codes/.codes-00000-00001.tar.0123abcd.tmp").write_bytes(b"of a killed program")
     tokenize_vision.main([*arguments, "--shard_size=100", "--overwrite=true"])
     assert tree(tmp_path / "codes") == run_jobs([*arguments, "--shard_size=100"], tmp_path / "fresh", 1, 0)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inputs_are_listed_when_their_turn_comes(arguments, media, tmp_path, monkeypatch, capsys, workers):
+    for number in range(4):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for sample in range(9):
+                tar.add(media / "a.png", f"{number}{sample}.png")
+    lists, write, held, events = tokenize_vision.listing_of, CodesFolder.write, weakref.WeakSet(), []
+    chunks_of_job = tokenize_vision.chunks_of_job
+
+    def listed(part):
+        events.append(f"list {part.paths[0].stem}")
+        return lists(part)
+
+    def written(self, chunk, samples, skipped):
+        events.append(f"write {chunk.part}")
+        return write(self, chunk, samples, skipped)
+
+    def watched(*options):
+        for work in chunks_of_job(*options):
+            held.update(work.entries)
+            events.append(f"hold {len(held)}")
+            yield work
+
+    for where, name, function in (
+        (tokenize_vision, "listing_of", listed),
+        (CodesFolder, "write", written),
+        (tokenize_vision, "chunks_of_job", watched),
+    ):
+        monkeypatch.setattr(where, name, function)
+    arguments = [*arguments, f"--inputs=[{tmp_path}/?.tar]", f"--decode_workers={workers}"]
+    tokenize_vision.main(arguments)
+    # Workers begin the next tar before a shard is written, and no other.
+    steps = [event for event in events if "hold" not in event]
+    assert sorted(steps) == sorted(f"{verb} {number}" for verb in ("list", "write") for number in range(4))
+    place = {event: number for number, event in enumerate(steps)}
+    for number in range(1, 4):
+        assert (place[f"list {number}"] < place[f"write {number - 1}"]) == bool(workers)
+    for number in range(2, 4):
+        assert place[f"write {number - 2}"] < place[f"list {number}"]
+    assert max(int(event.split()[1]) for event in events if "hold" in event) <= 2 * 9
+    assert "tokenized 36 samples" in capsys.readouterr().out
+    tokenize_vision.main(arguments)
+    assert "is finished and nothing has changed: reused" in capsys.readouterr().out
