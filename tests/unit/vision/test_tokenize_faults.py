@@ -150,12 +150,12 @@ def test_killed_workers_change_nothing(arguments, tmp_path, monkeypatch):
     tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
     apply, asked, killed = workers._Worker.apply, collections.Counter(), []
 
-    def doomed(self, item):
+    def doomed(self, item, timeout_s):
         asked[self.process_id] += 1
         if asked[self.process_id] == 2 and len(killed) < 4:
             killed.append(self.process_id)
             os.kill(self.process_id, signal.SIGKILL)
-        return apply(self, item)
+        return apply(self, item, timeout_s)
 
     monkeypatch.setattr(workers._Worker, "apply", doomed)
     tokenize_vision.main([*arguments, "--decode_workers=2"])
