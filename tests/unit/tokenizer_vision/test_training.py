@@ -17,6 +17,7 @@ from megatron_ext.vision import load_vision_tokenizer
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.step import TrainStep
+from tools import run_report
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
@@ -83,6 +84,16 @@ def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, m
     assert resumed.identity == whole.identity
     events = [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")]
     assert events.count("resume") == 2 and "save" in events
+    report_tells_of_it(tmp_path / "run", capsys)
+
+
+def report_tells_of_it(run: Path, capsys) -> None:
+    run_report.main(["--run", str(run)])
+    page = (run / "report.html").read_text()
+    assert "goodput" in capsys.readouterr().out and page.count("<svg") == 4, "loss, PSNR, gradient norm, speed"
+    assert "<td>stopped: SIGTERM</td>" in page and "<td>finished</td>" in page and "<td>6 to 12</td>" in page
+    account = run_report.read_story(run).account
+    assert account.saving > 0 and account.evaluation > 0
 
 
 def test_a_signal_during_the_start_is_obeyed(arguments, tmp_path, monkeypatch, capsys):
@@ -101,7 +112,7 @@ def test_a_signal_during_the_start_is_obeyed(arguments, tmp_path, monkeypatch, c
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert "SIGTERM: saved at step 1" in capsys.readouterr().out
-    assert [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")][-2:] == ["stop", "save"]
+    assert [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")][-3:] == ["stop", "save", "end"]
 
 
 def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkeypatch):
