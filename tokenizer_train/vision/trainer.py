@@ -138,7 +138,7 @@ class Trainer:
         saved, reason = state.step, None
         while state.step < train.train_steps and reason is None:
             self._train_step()
-            if state.step % train.eval_interval == 0 or state.step == train.train_steps:
+            if state.step == train.train_steps or (train.eval_interval and state.step % train.eval_interval == 0):
                 self.evaluate()
             if (reason := stop_reason(state.step)) is not None:
                 self.run.log_event("stop", step=state.step, reason=reason)

@@ -132,6 +132,12 @@ def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkey
     assert steps == list(range(1, 13))
 
 
+@pytest.mark.parametrize("name", ["train.eval_interval", "train.eval_samples"])
+def test_negative_numbers_are_refused(arguments, name):
+    with pytest.raises(InputError, match=rf"^{name} = -1: must not be negative"):
+        train.main([*arguments, f"--{name}=-1"])
+
+
 def test_finished_training_is_left_alone(arguments, tmp_path, capsys):
     train.main(arguments)
     weights = tmp_path / "run/tokenizer/model.safetensors"
@@ -150,8 +156,11 @@ def test_training_starts_from_a_tokenizer(arguments, tmp_path):
     train.main(arguments)
     folder = tmp_path / "run/tokenizer"
     again = [*arguments, f"--observe.run_dir={tmp_path / 'more'}", f"--checkpoint.init_from={folder}"]
+    again.append("--train.eval_interval=0")
     train.main([*again, "--codebook.start_step=0", "--codebook.kmeans_batches=0", "--optim.lr=0", "--optim.min_lr=0"])
     started, source = load_vision_tokenizer(tmp_path / "more/tokenizer"), load_vision_tokenizer(folder)
+    evaluated = [line["step"] for line in lines(tmp_path / "more") if "valid_psnr" in line]
+    assert evaluated == [12], "eval_interval 0: at the end alone"
     weights = dict(source.named_parameters())
     kept = [name for name, tensor in started.named_parameters() if torch.equal(tensor, weights[name])]
     assert set(weights) - set(kept) <= {"quantize.embedding.weight"}, "only dead codes may move at learning rate 0"
