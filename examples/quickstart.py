@@ -84,7 +84,7 @@ STAGES = (
         says="train a tiny 3D MoVQGAN on pictures and clips: 64x64 pixels become 16x16 codes out of 512",
         command=(PYTHON, "-m", "tokenizer_train.vision.train", "--config", "examples/movqgan_tiny_cpu.yaml"),
         inputs=(MEDIA,),
-        outputs=(f"{ROOT}/vision_tokenizer",),
+        outputs=(f"{ROOT}/vision_tokenizer", f"{ROOT}/vision_tokenizer/tokenizer"),  # there once it is finished
         expected_s=205,
     ),
     Stage(

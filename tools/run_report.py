@@ -19,7 +19,7 @@ from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
 from megatron_ext.observe.elements import Bar
-from megatron_ext.observe.report import COLORS, Report, curves, smooth
+from megatron_ext.observe.report import COLORS, Points, Report, curves, smooth
 from megatron_ext.observe.writers import duration, read_json_lines
 
 POINTS = 2000
@@ -45,6 +45,10 @@ class RunReportConfig:
 
     span: int = 20
     """Steps over which curves are averaged; single steps stand behind them."""
+
+    def __post_init__(self) -> None:
+        if self.span < 1:
+            raise InputError(f"span {self.span}: must be at least 1, which averages nothing")
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,19 @@ def _flops_per_token(path: Path) -> float | None:
 
 
 def column(records: Sequence[dict[str, Any]], name: str, *, timing: bool = False) -> tuple[list[int], list[float]]:
-    """Steps and values, thinned evenly to POINTS; a step without a value has none."""
+    """Steps and values; a step without a value has none."""
     found = [(record["step"], (record.get("timing", {}) if timing else record).get(name)) for record in records]
     found = [(step, value) for step, value in found if value is not None]
-    kept = found[:: max(1, len(found) // POINTS)]
-    return [step for step, _ in kept], [value for _, value in kept]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def thinned(points: Points) -> Points:
+    """At most POINTS of `points`, evenly spread, the last one among them. For drawing: of what is thinned, neither a
+    mean of neighbours nor a percentile is that of the run."""
+    x, y = points
+    stride = max(1, -(-len(x) // POINTS))
+    first = (len(x) - 1) % stride
+    return x[first::stride], y[first::stride]
 
 
 def percentiles(values: Sequence[float]) -> list[float]:
@@ -195,7 +207,8 @@ def _add_losses(page: Report, story: Story, config: RunReportConfig) -> None:
         raw = {label: column(records, name) for label, name in names.items()}
         raw = {label: points for label, points in raw.items() if points[0]}
         if raw:
-            smoothed = {label: (x, smooth(y, config.span)) for label, (x, y) in raw.items()}
+            smoothed = {label: thinned((x, smooth(y, config.span))) for label, (x, y) in raw.items()}
+            raw = {label: thinned(points) for label, points in raw.items()}
             series = smoothed if records is story.training else raw
             page.figure(
                 curves(series, faint=raw, marks=marks, x_label="optimizer step", y_label=y_label, **style), caption
@@ -225,7 +238,7 @@ def _add_speed(page: Report, story: Story, config: RunReportConfig) -> None:
     page.section("Speed")
     page.figure(
         curves(
-            {"tokens/s": (steps, smooth(rates, config.span))}, faint={"tokens/s": (steps, rates)},
+            {"tokens/s": thinned((steps, smooth(rates, config.span)))}, faint={"tokens/s": thinned((steps, rates))},
             x_label="optimizer step", y_label="tokens/s",
         ),
         "All ranks together, padding included.",

@@ -31,18 +31,6 @@ INHERITED = ("vocabulary", "model", "vision_tokenizer")
 SECONDS_BETWEEN_POLLS = 0.02
 
 
-def save_weights(folder: Path, model: Emu3Model, topology: Topology, vocab: Vocabulary, config_yaml: str) -> Path:
-    """Write a weights-only checkpoint (step 0) that checkpoint.init_from takes, into the store at `folder`.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    store = CheckpointStore(folder, 1, from_main=topology.from_main, barrier=topology.barrier)
-    attempt = SaveAttempt(0, store, topology, timeout_s=float("inf"))
-    attempt.start({"model": _model_state(model)}, _beside_weights(vocab, config_yaml), in_background=False)
-    return _folder_of(attempt.poll({"vocabulary": vocab.identity, "model": model.shape.identity}))
-
-
 def load_weights(folder: Path, model: Emu3Model) -> None:
     """Load a checkpoint's weights into `model`, in one process, whatever layout saved them; optimizer state is left
     aside.

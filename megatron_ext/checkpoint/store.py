@@ -212,7 +212,7 @@ def _manifest_of(folder: Path) -> Manifest:
 def _is_complete(folder: Path) -> bool:
     try:
         return read_manifest(folder).missing_in(folder) is None
-    except InputError:
+    except (InputError, OSError):  # OSError: a run removes old ones while another program looks
         return False
 
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.config.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
@@ -32,3 +34,12 @@ class CheckpointConfig:
 
     init_optimizer: bool = False
     """Take the moments of Adam from init_from too (a checkpoint, not a Hugging Face folder); false: weights only."""
+
+    def __post_init__(self) -> None:
+        if self.save_interval < 1:
+            raise InputError(
+                f"checkpoint.save_interval {self.save_interval}: must be at least 1; "
+                "train.train_steps saves the last step alone"
+            )
+        if not self.save_timeout_s > 0:
+            raise InputError(f"checkpoint.save_timeout_s {self.save_timeout_s}: must be more than 0 seconds")

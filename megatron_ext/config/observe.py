@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_ext.config.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ObserveConfig:
@@ -32,3 +34,7 @@ class ObserveConfig:
 
     record_memory_history: bool = False
     """On a GPU, also write the allocations of the profiled steps for pytorch.org/memory_viz."""
+
+    def __post_init__(self) -> None:
+        if self.log_interval < 1:
+            raise InputError(f"observe.log_interval {self.log_interval}: must be at least 1")

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megatron_ext.config.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -41,6 +43,14 @@ class TrainConfig:
 
     eval_steps: int = 1
     """Global batches per evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.eval_interval < 0:
+            raise InputError(f"train.eval_interval {self.eval_interval}: must not be negative; 0 turns evaluation off")
+        if self.eval_steps < 1:
+            raise InputError(
+                f"train.eval_steps {self.eval_steps}: must be at least 1; train.eval_interval 0 turns evaluation off"
+            )
 
     def batch_size_after(self, consumed_samples: int) -> int:
         """Windows in the global batch that follows `consumed_samples` samples of the run."""

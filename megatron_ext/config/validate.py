@@ -209,14 +209,6 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.checkpoint.save_interval < 1,
-        lambda c, n: f"checkpoint.save_interval {c.checkpoint.save_interval}: use at least 1",
-    ),
-    Rule(
-        lambda c, n: not c.checkpoint.save_timeout_s > 0,
-        lambda c, n: f"checkpoint.save_timeout_s {c.checkpoint.save_timeout_s}: use more than 0 seconds",
-    ),
-    Rule(
         lambda c, n: c.resilience.hang_timeout_s >= c.runtime.distributed_timeout_s,
         lambda c, n: (
             f"resilience.hang_timeout_s {c.resilience.hang_timeout_s:g} is not below runtime.distributed_timeout_s "

@@ -121,7 +121,7 @@ def account_of(starts: Sequence[Start], metrics: Sequence[dict[str, Any]]) -> Ac
     timing = [record.get("timing", {}) for record in metrics]
     training = sum(entry.get("step_seconds", 0.0) for entry in timing)
     evaluation = sum(entry.get("eval_seconds", 0.0) for entry in timing)
-    saving = sum(event["blocked_seconds"] for event in _all(starts) if event["event"] == "save")
+    saving = sum(event.get("blocked_seconds", 0.0) for event in _all(starts) if event["event"] == "save")
     starting = sum(start.ready - start.began for start in starts if start.ready is not None)
     alive = sum(start.ended - start.began for start in starts)
     elapsed = starts[-1].ended - starts[0].began

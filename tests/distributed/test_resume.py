@@ -82,8 +82,8 @@ def resumed_from_format_1(folder):
 
 def init_optimizer_refusals(folder):
     """checkpoint.init_optimizer with a Hugging Face folder, with a checkpoint of weights, and with no checkpoint."""
-    from megatron_ext.checkpoint.decoder import save_weights
     from megatron_ext.train import resume_or_init
+    from tests.support.weights_only import save_weights
 
     (folder / "hf").mkdir(parents=True)
     (folder / "hf" / "config.json").write_text("{}")

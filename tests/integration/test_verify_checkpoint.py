@@ -12,7 +12,7 @@ import yaml
 
 import pretrain_emu3
 from megatron_ext.checkpoint.examine import damages
-from megatron_ext.config import load
+from megatron_ext.config import InputError, load
 from megatron_ext.config.run import RunConfig
 from tests.support.small_run import write_small_run
 from tools import verify_checkpoint
@@ -113,6 +113,38 @@ def test_a_flipped_bit_anywhere_is_found_and_named_wherever_a_tensor_reads_diffe
             )
         path.write_bytes(whole)
     assert num_named > 10 and damages(step) == []
+
+
+def test_a_checkpoint_that_cannot_be_verified_does_not_hide_the_others(copy, capsys):
+    steps = copy / "checkpoints"
+    for number, change in ((1, ('"format_version": 2', '"format_version": 7')), (3, ('"files"', '"filez"'))):
+        shutil.copytree(steps / "step_00000002", steps / f"step_0000000{number}")
+        manifest = steps / f"step_0000000{number}" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace(*change))
+    path, position = place_of(steps / "step_00000004", "model.decoder.final_layernorm.weight")
+    flip(path, position)
+    code, printed = verify(copy, capsys)
+    first, second, third, fourth, damage = printed.splitlines()
+    assert code == 1 and second == "step_00000002: whole"
+    assert first.startswith("step_00000001: cannot be verified; ") and "checkpoint format 7" in first
+    assert third.startswith("step_00000003: cannot be verified; ") and "'files'" in third
+    assert fourth.startswith("step_00000004: damaged; ") and damage.startswith("  decoder/")
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_a_checkpoint_that_the_run_removes_meanwhile_is_left_out(copy, capsys, monkeypatch, when):
+    def removing(folder: Path):
+        if folder.name == "step_00000002" and when == "before it is read":
+            shutil.rmtree(folder)
+        found = damages(folder)
+        if folder.name == "step_00000002":
+            shutil.rmtree(folder)
+        return found
+
+    monkeypatch.setattr(verify_checkpoint, "damages", removing)
+    assert verify(copy, capsys) == (0, "step_00000004: whole\n")
+    with pytest.raises(InputError, match="step_00000002' is not there"):
+        verify(copy / "checkpoints" / "step_00000002", capsys)
 
 
 def test_other_files_are_checked_too(copy, capsys):

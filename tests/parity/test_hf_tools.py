@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image as Picture
 
-from megatron_ext.checkpoint.decoder import save_weights
 from megatron_ext.config import InputError, to_yaml
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
@@ -20,6 +19,7 @@ from megatron_ext.model import build_model
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN, save_vision_tokenizer
 from tests.support.small_models import DECODER, VISION, small_vocabulary
+from tests.support.weights_only import save_weights
 from tools import convert_checkpoint, generate
 
 

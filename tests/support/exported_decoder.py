@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ext.checkpoint.decoder import save_weights
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.data.batch import Window, collate
 from megatron_ext.hf import load_decoder_weights, model_section, read_shape, read_vocabulary
 from megatron_ext.model import Emu3Model, build_model
 from megatron_ext.runtime import Topology
+from tests.support.weights_only import save_weights
 
 
 def load_release(folder: Path, topology: Topology, layout: ParallelConfig) -> Emu3Model:

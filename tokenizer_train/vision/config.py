@@ -163,7 +163,7 @@ class VisionTrainConfig:
     """Step after which the batch norms use their running statistics, as in use; 0 never."""
 
     eval_interval: int = 500
-    """Steps between evaluations on the training media; one more at the end."""
+    """Steps between evaluations on the training media; one more at the end, which 0 leaves alone."""
 
     eval_samples: int = 64
     """Pictures, and clips, evaluated at most."""
@@ -175,6 +175,9 @@ class VisionTrainConfig:
         for name in ("train_steps", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} = {getattr(self, name)}: must be positive")
+        for name in ("eval_interval", "eval_samples"):
+            if getattr(self, name) < 0:
+                raise InputError(f"train.{name} = {getattr(self, name)}: must not be negative")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1")
 

@@ -63,7 +63,7 @@ class Start:
     """Codes that no latent chooses until a restart moves them."""
 
 
-def tokenizer_from_2d(path: str | Path, config: VisionTokenizerConfig, *, signal_bits: int = SIGNAL_BITS) -> Start:
+def tokenizer_from_2d(path: str | Path, config: VisionTokenizerConfig) -> Start:
     """A tokenizer of shape `config` that begins as the 2D model in the file `path`, see `SUFFIXES_2D`.
 
     What is random in it, kernels behind a zero and the new codes' directions, comes from torch's global generator.
@@ -83,7 +83,7 @@ def tokenizer_from_2d(path: str | Path, config: VisionTokenizerConfig, *, signal
         _copy_codes(model.quantize.embedding.weight, source["quantize.embedding.weight"])
         for name in ("quant_conv", "post_quant_conv"):
             _pointwise(getattr(model, name).conv, source[f"{name}.weight"], source[f"{name}.bias"])
-        units = _make_encoder_identity(model, source, signal_bits) | _make_decoder_identity(model, source, signal_bits)
+        units = _make_encoder_identity(model, source) | _make_decoder_identity(model, source)
     num_new_codes = config.codebook_size - len(source["quantize.embedding.weight"])
     return Start(model=model, units=units, num_new_codes=num_new_codes)
 
@@ -152,13 +152,13 @@ def _pointwise(conv: nn.Conv3d, weight_OI11: Tensor, bias_O: Tensor) -> None:
     conv.bias.copy_(bias_O)
 
 
-def _make_encoder_identity(model: MoVQGAN, source: dict[str, Tensor], signal_bits: int) -> dict[str, float]:
+def _make_encoder_identity(model: MoVQGAN, source: dict[str, Tensor]) -> dict[str, float]:
     """The temporal layers behind the encoder's 2D network; the units of what is scaled."""
     convs = [block.conv.conv for block in model.encoder.time_conv]
     # Latents that give the codes exactly: the size that latents have.
     codes_KD = source["quantize.embedding.weight"] - source["quant_conv.bias"]
     latents_KZ = torch.linalg.lstsq(source["quant_conv.weight"][:, :, 0, 0], codes_KD.T).solution.T
-    small = _signal(latents_KZ, len(convs), signal_bits)
+    small = _signal(latents_KZ, len(convs))
     for index, conv in enumerate(convs):
         # The two older of the four frames are zeros at the start of a clip.
         _diagonal(conv, (0.0, 0.0, 0.5, 0.5), -small if index == 0 else -2.0)
@@ -174,7 +174,7 @@ def _make_encoder_identity(model: MoVQGAN, source: dict[str, Tensor], signal_bit
     return units
 
 
-def _make_decoder_identity(model: MoVQGAN, source: dict[str, Tensor], signal_bits: int) -> dict[str, float]:
+def _make_decoder_identity(model: MoVQGAN, source: dict[str, Tensor]) -> dict[str, float]:
     """The temporal layers before the decoder's 2D network; the units of what is scaled."""
     codes_KD = source["quantize.embedding.weight"]
     mapped_KZ = codes_KD @ source["post_quant_conv.weight"][:, :, 0, 0].T + source["post_quant_conv.bias"]
@@ -182,7 +182,7 @@ def _make_decoder_identity(model: MoVQGAN, source: dict[str, Tensor], signal_bit
     for block in model.decoder.time_res_stack:
         _add_nothing(block, both_KZ)
     convs = [block.conv.conv for block in model.decoder.time_conv]
-    small = _signal(both_KZ, len(convs), signal_bits)
+    small = _signal(both_KZ, len(convs))
     for index, conv in enumerate(convs):
         _diagonal(conv, (0.0, 0.0, 1.0), -small if index == 0 else -2.0)
     gain = _undo(small, len(convs))
@@ -194,9 +194,9 @@ def _make_decoder_identity(model: MoVQGAN, source: dict[str, Tensor], signal_bit
     return units
 
 
-def _signal(values: Tensor, num_convs: int, signal_bits: int) -> float:
+def _signal(values: Tensor, num_convs: int) -> float:
     """The power of two that makes all `values` small; smaller where an odd SiLU leaves its square uncancelled."""
-    bits = signal_bits * (1 if num_convs % 2 == 0 else 2)
+    bits = SIGNAL_BITS * (1 if num_convs % 2 == 0 else 2)
     return 2.0 ** (-bits - math.ceil(math.log2(values.abs().max().item())))
 
 

@@ -4,7 +4,8 @@
     terms = quantizer_terms(quantized, entropy_temperature=0.01 or None, mean_over_ranks=...)
 
 Every term is an unweighted scalar; sg is stop-gradient. Weights of VQ-VAE (van den Oord et al. 2017), of SBER and
-taming (the `legacy` order) and of Emu3.5; the last two terms are those of `ibq` alone:
+taming (the `legacy` order: VectorQuantizer2(legacy=True), github.com/ai-forever/MoVQGAN
+movqgan/modules/vqvae/quantize.py) and of Emu3.5; the last two terms are those of `ibq` alone:
 
 | term              | is                                           | VQ-VAE      | legacy      | Emu3.5      |
 | codebook          | mean (vectors - sg latents)^2, moves codes   | 1           | beta (0.25) | beta (0.25) |
@@ -20,7 +21,6 @@ Shapes: B batch, D codebook vector size, T latent frames, H W code grid, N laten
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +111,3 @@ def quantizer_terms(
             )
             terms["entropy"] = sample - batch
     return terms
-
-
-def vq_weights(beta: float, order: Literal["standard", "legacy"]) -> dict[str, float]:
-    """Weights of `codebook` and `commitment`: beta damps the commitment, in the legacy order the codebook.
-
-    The legacy order is taming-transformers' VectorQuantizer2(legacy=True), which SBER's MoVQGAN runs with
-    (github.com/ai-forever/MoVQGAN movqgan/modules/vqvae/quantize.py).
-    """
-    first, second = ("codebook", "commitment") if order == "standard" else ("commitment", "codebook")
-    return {first: 1.0, second: beta}

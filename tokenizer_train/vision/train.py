@@ -10,7 +10,6 @@ another number of ranks, it goes on from the last checkpoint.
 
 import contextlib
 import signal
-import sys
 
 import torch
 
@@ -31,16 +30,15 @@ TOKENIZER_FOLDER = "tokenizer"
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(VisionTokenizerTrainingConfig, argv, prog="tokenizer_train.vision.train")
-    stopped_by = train(config)
-    if stopped_by is not None:
-        sys.exit(128 + stopped_by)
+    train(config)
 
 
-def train(config: VisionTokenizerTrainingConfig) -> signal.Signals | None:
-    """Train to the end, or as far as asked; the signal that ended it before its last step, if one did."""
+def train(config: VisionTokenizerTrainingConfig) -> None:
+    """Train to the end, or as far as asked."""
     with (
-        Topology.start(_runtime(config.train), ParallelConfig()) as topology,
+        # First: in a job the ranks inherit a SIGTERM that is ignored, and one that comes during the start counts too.
         StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as signals,
+        Topology.start(_runtime(config.train), ParallelConfig()) as topology,
         Run.open(
             config.observe,
             topology.is_main,
@@ -56,14 +54,11 @@ def train(config: VisionTokenizerTrainingConfig) -> signal.Signals | None:
         reason = trainer.fit(Stopping(config.train, run.folder, topology, signals).reason)
         for line in media.bad.lines():
             run.console.print(line, markup=False, soft_wrap=True)
-        if reason is None:
-            folder = run.folder / TOKENIZER_FOLDER
-            run.console.print(f"finished: {folder}, vision tokenizer {trainer.release(folder)}", soft_wrap=True)
-            return None
-        run.console.print(f"{reason}: saved at step {trainer.state.step}; start again to go on", soft_wrap=True)
-        if not topology.any(signals.requested):
-            return None
-        return signal.Signals[signals.signal_name or signal.SIGTERM.name]
+        if reason is not None:
+            run.console.print(f"{reason}: saved at step {trainer.state.step}; start again to go on", soft_wrap=True)
+            return
+        folder = run.folder / TOKENIZER_FOLDER
+        run.console.print(f"finished: {folder}, vision tokenizer {trainer.release(folder)}", soft_wrap=True)
 
 
 def _media(config: VisionTokenizerTrainingConfig, topology: Topology) -> TrainingMedia:

@@ -138,7 +138,7 @@ class Trainer:
         saved, reason = state.step, None
         while state.step < train.train_steps and reason is None:
             self._train_step()
-            if state.step % train.eval_interval == 0 or state.step == train.train_steps:
+            if state.step == train.train_steps or (train.eval_interval and state.step % train.eval_interval == 0):
                 self.evaluate()
             if (reason := stop_reason(state.step)) is not None:
                 self.run.log_event("stop", step=state.step, reason=reason)
@@ -147,18 +147,22 @@ class Trainer:
                 saved = state.step
         if saved != state.step:
             self.save()
+        self.run.log_event("end", step=state.step, finished=state.step >= train.train_steps)
         return reason if state.step < train.train_steps else None
 
     def evaluate(self) -> None:
         """Log PSNR and use of the codebook on the training media, and draw reconstructions. Rank 0 does it alone."""
         if not self.topology.is_main:
             return
+        started = time.perf_counter()
         with self.released_weights():
             found = evaluate.reconstruct(self.state.model, self.media, self.config.train.eval_samples)
         if found:
-            self.run.log_metrics({"step": self.state.step} | evaluate.metrics(found, self.config.model.codebook_size))
             evaluate.save_grid(found, self.run.folder / GRID_FILE)
             self.run.log_picture("reconstruction", self.run.folder / GRID_FILE, step=self.state.step)
+            found_metrics = evaluate.metrics(found, self.config.model.codebook_size)
+            timing = {"eval_seconds": time.perf_counter() - started}
+            self.run.log_metrics({"step": self.state.step} | found_metrics | {"timing": timing})
 
     def save(self) -> None:
         """A checkpoint of all that a resume needs.
@@ -179,7 +183,9 @@ class Trainer:
                 f"step {self.state.step} could not be saved in {self.store.root} ({error}): make room or check "
                 "permissions, and start again; the run goes on from its last checkpoint"
             ) from error
-        self.run.log_event("save", step=self.state.step, seconds=round(time.perf_counter() - started, 3))
+        # Nothing is written beside the training: it stands still for all of a save.
+        seconds = round(time.perf_counter() - started, 3)
+        self.run.log_event("save", step=self.state.step, seconds=seconds, blocked_seconds=seconds)
 
     def released_weights(self) -> contextlib.AbstractContextManager[None]:
         """While open, the model has the weights that are evaluated and released: averaged, where they are."""

@@ -11,7 +11,7 @@ from megatron_ext.config import InputError
 from megatron_ext.observe import read_json_lines
 from megatron_ext.vision import VisionTokenizerConfig
 from tests.support import movqgan_2d
-from tokenizer_train.vision import train
+from tokenizer_train.vision import from_2d, train
 from tokenizer_train.vision.config import VisionOptimConfig
 from tokenizer_train.vision.from_2d import read_2d, tokenizer_from_2d
 from tokenizer_train.vision.optimizer import NetworkOptimizer
@@ -63,13 +63,14 @@ def test_a_still_is_the_2d_models(weights, checkpoint, pixels, training):
         torch.testing.assert_close(model.decode(clip_codes), drawn[:2, None].repeat(1, 8, 1, 1, 1), rtol=0, atol=3e-4)
 
 
-def test_what_the_identity_itself_costs(weights, checkpoint, pixels):
+def test_what_the_identity_itself_costs(weights, checkpoint, pixels, monkeypatch):
     """In float64, where rounding does not hide it."""
     exact = {name: tensor.double() for name, tensor in weights.items()}
     with torch.no_grad():
         codes = movqgan_2d.encode(exact, pixels[:2].double())
         for bits, bound in ((10, 2e-5), (30, 1e-11)):
-            model = tokenizer_from_2d(checkpoint, CONFIG, signal_bits=bits).model.double()
+            monkeypatch.setattr(from_2d, "SIGNAL_BITS", bits)
+            model = tokenizer_from_2d(checkpoint, CONFIG).model.double()
             # Measured 5.5e-6 and 1.2e-13 where pixels reach 9.2.
             torch.testing.assert_close(model.decode(codes), movqgan_2d.decode(exact, codes), rtol=0, atol=bound)
 
@@ -79,9 +80,10 @@ def test_what_the_identity_itself_costs(weights, checkpoint, pixels):
     # Measured relative to the largest: 0, 3.6e-7, 2.4e-7, 0, 0.
     [(4, 30, 0.0), (4, 10, 1e-6), (2, 10, 1e-6), (2, 30, 0.0), (1, 10, 0.0)],
 )
-def test_temporal_layers_are_the_identity(checkpoint, factor, bits, bound):
+def test_temporal_layers_are_the_identity(checkpoint, monkeypatch, factor, bits, bound):
     config = VisionTokenizerConfig(codebook_size=OLD_CODES, temporal_downsample_factor=factor, **SHAPE)
-    start = tokenizer_from_2d(checkpoint, config, signal_bits=bits)
+    monkeypatch.setattr(from_2d, "SIGNAL_BITS", bits)
+    start = tokenizer_from_2d(checkpoint, config)
     model, source = start.model, read_2d(checkpoint)
     with torch.no_grad():
         frames = torch.randn(2, 4, 5, 6)

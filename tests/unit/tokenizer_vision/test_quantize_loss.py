@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from megatron_ext.vision import quantizer as quantizers
 from megatron_ext.vision.quantizer import build_quantizer
 from tokenizer_train.vision.index_propagation import code_entropies
-from tokenizer_train.vision.quantize_loss import quantize_latents, quantizer_terms, vq_weights
+from tokenizer_train.vision.quantize_loss import quantize_latents, quantizer_terms
 
 NUM_CODES, SIZE = 37, 6
 
@@ -113,12 +113,6 @@ def test_nearest_terms_by_hand():
     torch.testing.assert_close(to_codes, expected)
     straight = torch.autograd.grad((quantized.passed_through_BDTHW * weights).sum(), latents)[0]
     assert torch.equal(straight, weights)
-
-
-def test_orders():
-    assert vq_weights(0.25, "standard") == {"codebook": 1.0, "commitment": 0.25}
-    # SBER's VectorQuantizer2(beta=0.25, legacy=True): mean((sg zq - z)^2) + beta mean((zq - sg z)^2).
-    assert vq_weights(0.25, "legacy") == {"codebook": 0.25, "commitment": 1.0}
 
 
 def test_codes_are_chosen_in_float32_under_autocast():

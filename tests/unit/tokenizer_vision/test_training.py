@@ -1,8 +1,10 @@
 """The training program: it learns, resumes exactly, refuses changed configurations, exports what transformers reads."""
 
+import contextlib
 import json
 import os
 import signal
+import types
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 
 from megatron_ext.config import InputError, load
 from megatron_ext.observe import read_json_lines
+from megatron_ext.runtime import Topology
 from megatron_ext.vision import load_vision_tokenizer
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.step import TrainStep
+from tools import run_report
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
@@ -70,10 +74,8 @@ def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, m
         return line
 
     monkeypatch.setattr(TrainStep, "run", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        train.main(arguments)
-    assert stop.value.code == 128 + signal.SIGTERM
-    assert "saved at step 6" in capsys.readouterr().out
+    train.main(arguments)  # ends with 0: torchrun would start ranks that end otherwise again
+    assert "SIGTERM: saved at step 6" in capsys.readouterr().out
     assert not (tmp_path / "run/tokenizer").exists()
     monkeypatch.setattr(TrainStep, "run", original)
     train.main(arguments)
@@ -82,6 +84,35 @@ def test_interrupted_training_equals_an_uninterrupted_one(arguments, tmp_path, m
     assert resumed.identity == whole.identity
     events = [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")]
     assert events.count("resume") == 2 and "save" in events
+    report_tells_of_it(tmp_path / "run", capsys)
+
+
+def report_tells_of_it(run: Path, capsys) -> None:
+    run_report.main(["--run", str(run)])
+    page = (run / "report.html").read_text()
+    assert "goodput" in capsys.readouterr().out and page.count("<svg") == 4, "loss, PSNR, gradient norm, speed"
+    assert "<td>stopped: SIGTERM</td>" in page and "<td>finished</td>" in page and "<td>6 to 12</td>" in page
+    account = run_report.read_story(run).account
+    assert account.saving > 0 and account.evaluation > 0
+
+
+def test_a_signal_during_the_start_is_obeyed(arguments, tmp_path, monkeypatch, capsys):
+    """Although SIGTERM is ignored at first, as it is in the ranks of a job (slurm/job.sh)."""
+
+    @contextlib.contextmanager
+    def told_to_stop(*sections):
+        os.kill(os.getpid(), signal.SIGTERM)
+        with Topology.start(*sections) as topology:
+            yield topology
+
+    monkeypatch.setattr(train, "Topology", types.SimpleNamespace(start=told_to_stop))
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        train.main(arguments)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert "SIGTERM: saved at step 1" in capsys.readouterr().out
+    assert [event["event"] for event in read_json_lines(tmp_path / "run/events.jsonl")][-3:] == ["stop", "save", "end"]
 
 
 def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkeypatch):
@@ -99,6 +130,12 @@ def test_killed_training_goes_on_from_its_checkpoint(arguments, tmp_path, monkey
     train.main(arguments)
     steps = [line["step"] for line in lines(tmp_path / "run") if "loss" in line]
     assert steps == list(range(1, 13))
+
+
+@pytest.mark.parametrize("name", ["train.eval_interval", "train.eval_samples"])
+def test_negative_numbers_are_refused(arguments, name):
+    with pytest.raises(InputError, match=rf"^{name} = -1: must not be negative"):
+        train.main([*arguments, f"--{name}=-1"])
 
 
 def test_finished_training_is_left_alone(arguments, tmp_path, capsys):
@@ -119,8 +156,11 @@ def test_training_starts_from_a_tokenizer(arguments, tmp_path):
     train.main(arguments)
     folder = tmp_path / "run/tokenizer"
     again = [*arguments, f"--observe.run_dir={tmp_path / 'more'}", f"--checkpoint.init_from={folder}"]
+    again.append("--train.eval_interval=0")
     train.main([*again, "--codebook.start_step=0", "--codebook.kmeans_batches=0", "--optim.lr=0", "--optim.min_lr=0"])
     started, source = load_vision_tokenizer(tmp_path / "more/tokenizer"), load_vision_tokenizer(folder)
+    evaluated = [line["step"] for line in lines(tmp_path / "more") if "valid_psnr" in line]
+    assert evaluated == [12], "eval_interval 0: at the end alone"
     weights = dict(source.named_parameters())
     kept = [name for name, tensor in started.named_parameters() if torch.equal(tensor, weights[name])]
     assert set(weights) - set(kept) <= {"quantize.embedding.weight"}, "only dead codes may move at learning rate 0"

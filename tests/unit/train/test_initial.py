@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ext.checkpoint.decoder import DecoderCheckpoint, save_weights
+from megatron_ext.checkpoint.decoder import DecoderCheckpoint
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.objective import ObjectiveConfig
 from megatron_ext.config.optim import OptimConfig
@@ -22,6 +22,7 @@ from megatron_ext.vision import MoVQGAN
 from tests.support.decoding import global_batch
 from tests.support.releases import source_of
 from tests.support.small_models import DECODER, VISION, small_vocabulary
+from tests.support.weights_only import save_weights
 
 
 def write(kind: str, folder: Path, model: Emu3Model, topology: Topology) -> None:
