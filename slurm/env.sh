@@ -17,7 +17,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 # A container, if any. Apptainer (or any program that runs a command) stands in front of each command:
 CONTAINER=() # CONTAINER=(apptainer exec --nv --bind /data /images/emu3.sif)
 # pyxis and enroot are options of srun; then HOST_PYTHON is a Python outside the container, for the checks on the login
-# node and the job's own records. It needs this project without torch; for preprocess_array.sbatch with it.
+# node and the job's own records. It needs this project; tokenizer.sbatch and preprocess_array.sbatch need torch too.
 SRUN_OPTIONS=() # SRUN_OPTIONS=(--container-image=/images/emu3.sqsh --container-mounts="$PWD,/data" --container-workdir="$PWD")
 HOST_PYTHON=${HOST_PYTHON:-$PYTHON}
 
