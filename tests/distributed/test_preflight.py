@@ -16,7 +16,7 @@ def look(run_dir: str):
     from megatron_ext.config.observe import ObserveConfig
     from megatron_ext.config.train import TrainConfig
     from megatron_ext.runtime import Topology
-    from tools.preflight import PreflightConfig, measure
+    from tools.preflight import PreflightConfig, measure_own, measure_together
 
     config = PreflightConfig(
         train=TrainConfig(train_steps=1),
@@ -25,7 +25,7 @@ def look(run_dir: str):
         disk_mib=2,
     )
     with Topology.start(RuntimeConfig(device="cpu", num_threads=1), config.parallel) as topology:
-        found = measure(config, topology)
+        found = measure_together(config, topology, measure_own(config, topology))
     use_next_store()
     return found
 
