@@ -236,7 +236,8 @@ class _Job:
             # One stream over all chunks: the workers go on while a shard is written.
             begun, todo = itertools.tee(todo)
             results = pool.map(entry for work in begun for entry in work.entries if isinstance(entry, Sample))
-            for work in todo:
+            # The next chunk is listed first, so that an input of which nothing can be used leaves nothing.
+            for work, _ in itertools.pairwise(itertools.chain(todo, [None])):
                 skipped: list[Skipped] = []
                 usable = self._usable(work.entries, results, skipped, advance)
                 samples = tokenize(usable, self._model, batch_size=self._config.batch_size, advance=advance)

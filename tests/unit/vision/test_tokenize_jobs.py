@@ -189,15 +189,16 @@ def test_inputs_are_listed_when_their_turn_comes(arguments, media, tmp_path, mon
         monkeypatch.setattr(where, name, function)
     arguments = [*arguments, f"--inputs=[{tmp_path}/?.tar]", f"--decode_workers={workers}"]
     tokenize_vision.main(arguments)
-    # Workers begin the next tar before a shard is written, and no other.
+    # The next tar is listed before a shard is written, and no other.
     steps = [event for event in events if "hold" not in event]
     assert sorted(steps) == sorted(f"{verb} {number}" for verb in ("list", "write") for number in range(4))
     place = {event: number for number, event in enumerate(steps)}
     for number in range(1, 4):
-        assert (place[f"list {number}"] < place[f"write {number - 1}"]) == bool(workers)
+        assert place[f"list {number}"] < place[f"write {number - 1}"]
     for number in range(2, 4):
         assert place[f"write {number - 2}"] < place[f"list {number}"]
-    assert max(int(event.split()[1]) for event in events if "hold" in event) <= 2 * 9
+    # One sample of the chunk before may still be in a hand.
+    assert max(int(event.split()[1]) for event in events if "hold" in event) <= 2 * 9 + 1
     assert "tokenized 36 samples" in capsys.readouterr().out
     tokenize_vision.main(arguments)
     assert "is finished and nothing has changed: reused" in capsys.readouterr().out
