@@ -28,6 +28,7 @@ from megatron_ext.runtime.device import (
     set_threads,
 )
 from megatron_ext.runtime.launcher import stop_with_launcher
+from megatron_ext.runtime.meeting import meet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,24 +183,16 @@ def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: i
     timeout = datetime.timedelta(seconds=runtime.distributed_timeout_s)
     if world_size == 1:  # meets nobody, and leaves the launcher's store untouched
         where = {"store": dist.HashStore(), "rank": rank, "world_size": world_size}
-    elif _is_restarted_beside_old_keys():
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timeout)
-        store = dist.PrefixStore(f"restart_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-        where = {"store": store, "rank": rank, "world_size": world_size}
+        where = {
+            "store": dist.PrefixStore(meet(store, rank, world_size), store),
+            "rank": rank,
+            "world_size": world_size,
+        }
     else:
         where = {}
     dist.init_process_group(backend_for(device), timeout=timeout, **where)
-
-
-def _is_restarted_beside_old_keys() -> bool:
-    """Whether torchrun started these ranks again with the store of the ranks before them.
-
-    It keeps one store for all restarts (https://github.com/pytorch/pytorch/issues/135712): a rank would find the
-    address of a dead one under its peer's name, and wait for it.
-    """
-    environment = os.environ
-    is_restart = environment.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return is_restart and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:
