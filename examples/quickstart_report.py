@@ -18,8 +18,8 @@ from megatron_ext.config import load, run_program
 from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.packing import PackingRules, pack
 from megatron_ext.data.sources import TokenizedFolder
+from megatron_ext.files import read_json_lines
 from megatron_ext.media import ResizeConfig, decode_clip, decode_picture, resize
-from megatron_ext.observe import read_json_lines
 from megatron_ext.observe.report import Card, Report, curves, smooth
 from megatron_ext.vision import load_vision_tokenizer, to_uint8
 from megatron_ext.vocab import Image, Video

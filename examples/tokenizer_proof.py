@@ -26,8 +26,7 @@ import matplotlib
 from PIL import Image
 
 from megatron_ext.config import InputError, load, run_program
-from megatron_ext.files import replacing
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines, replacing
 from megatron_ext.observe.writers import duration
 
 ROOT = Path("runs/tokenizer_proof")

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
+from megatron_ext.files import read_json_lines
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
 from megatron_ext.observe.elements import Bar
 from megatron_ext.observe.report import COLORS, Points, Report, curves, smooth
-from megatron_ext.observe.writers import duration, read_json_lines
+from megatron_ext.observe.writers import duration
 
 POINTS = 2000
 """Points of a curve at most: more would not be seen, and make the page large."""

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from megatron_ext.checkpoint import read_metadata
+from megatron_ext.files import read_json_lines
 from megatron_ext.observe.provenance import read_provenance
-from megatron_ext.observe.writers import read_json_lines
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "safetensors", "numpy")

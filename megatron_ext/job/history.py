@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.checkpoint import latest_checkpoint, read_metadata
-from megatron_ext.files import alone_in
+from megatron_ext.files import alone_in, read_json_lines
 
 EVENTS = "events.jsonl"
 STOP_FILE = "stop"
@@ -115,13 +115,13 @@ def saved_step(run_folder: Path) -> int:
 
 def reached_step(run_folder: Path) -> int:
     """Last step that metrics.jsonl or a checkpoint has."""
-    steps = [line["step"] for line in _read_lines(run_folder / "metrics.jsonl")[-1:]]
+    steps = [line["step"] for line in read_json_lines(run_folder / "metrics.jsonl")[-1:]]
     return max([saved_step(run_folder), *steps])
 
 
 def read_events(run_folder: Path) -> list[dict[str, Any]]:
     """The lines of events.jsonl."""
-    return _read_lines(run_folder / EVENTS)
+    return read_json_lines(run_folder / EVENTS)
 
 
 def _told(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -145,14 +145,6 @@ def _message(outcome: Outcome, cause: str, reason: str, reached: str, saved: int
     if outcome is Outcome.GIVEN_UP:
         return f"{reason} at {reached}, where it ended before: not started again; submit it to go on from {kept}"
     return f"{reason} at {reached}: not started again; submit it to go on from {kept}"
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines; a kill may have cut the last."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")  # `splitlines` would also cut where a key holds U+2028
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def note(run_folder: Path, event: str, **fields: Any) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.observe.writers import read_json_lines
+from megatron_ext.files import read_json_lines
 
 
 @dataclass(kw_only=True)

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from megatron_ext.config import InputError
+from megatron_ext.files import read_json_lines
 from megatron_ext.observe.provenance import read_provenance
-from megatron_ext.observe.writers import read_json_lines
 
 Pair = tuple[Any, Any]
 """What the first and the second run have."""

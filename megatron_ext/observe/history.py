@@ -4,8 +4,8 @@ from pathlib import Path
 
 from megatron_ext.config import InputError
 from megatron_ext.config.train import TrainConfig
+from megatron_ext.files import read_json_lines
 from megatron_ext.observe.provenance import read_provenance
-from megatron_ext.observe.writers import read_json_lines
 
 
 def consumed_before(run_dir: str | Path, step: int, train: TrainConfig) -> tuple[int, bool]:

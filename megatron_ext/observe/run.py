@@ -11,11 +11,11 @@ from rich.console import Console
 
 from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
-from megatron_ext.files import alone_in, replacing, writing
+from megatron_ext.files import alone_in, read_json_lines, replacing, writing
 from megatron_ext.observe.profile import Profiler
 from megatron_ext.observe.provenance import append_provenance, collect_provenance
 from megatron_ext.observe.weights_and_biases import WeightsAndBiases
-from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard, read_json_lines
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
 from megatron_ext.runtime import Topology
 
 EVENTS = "events.jsonl"

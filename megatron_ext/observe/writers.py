@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from megatron_ext.files import replacing
+from megatron_ext.files import read_json_lines, replacing
 
 CONSOLE_LABELS = {
     "loss": "loss",
@@ -136,15 +136,6 @@ class ConsoleLines:
         total = f"/{self._total_steps}" if self._total_steps is not None else ""
         width = len(str(self._total_steps or step))
         self._console.print(" | ".join([f"step {step:>{width}}{total}", *parts]), markup=False, soft_wrap=True)
-
-
-def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file that may still be written to: a last line without its end is left out."""
-    path = Path(path)
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from PIL import Image
 
 import pretrain_emu3
 from megatron_ext.config import InputError, run_program
-from megatron_ext.observe.writers import read_json_lines
+from megatron_ext.files import read_json_lines
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
 from tests.integration.fault_rows import ROWS, Row, preprocess, pretrain, text_tokenizer, tokenize
 from tests.support.small_run import write_small_run

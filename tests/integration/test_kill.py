@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 from tests.soak import plan
 from tests.soak.__main__ import Soak, carry_out
 from tests.soak.job import Job, processes_of, send

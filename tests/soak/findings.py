@@ -10,7 +10,7 @@ from megatron_ext.checkpoint.manifest import MANIFEST
 from megatron_ext.checkpoint.store import LATEST, PARTIAL, latest_checkpoint
 from megatron_ext.checkpoint.streaming import read_weights
 from megatron_ext.config import InputError
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 
 
 def step_of(name: str) -> int:

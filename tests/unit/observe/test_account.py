@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.files import read_json_lines
 from megatron_ext.observe.account import account_of, starts_of
-from megatron_ext.observe.writers import read_json_lines
 
 
 def write_run(folder: Path) -> Path:

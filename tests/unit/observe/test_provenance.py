@@ -11,7 +11,8 @@ import pytest
 
 from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
-from megatron_ext.observe import Run, read_json_lines
+from megatron_ext.files import read_json_lines
+from megatron_ext.observe import Run
 from megatron_ext.observe.provenance import collect_provenance, git_state, read_provenance
 from megatron_ext.runtime.hardware import describe_hardware
 

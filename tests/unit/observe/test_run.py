@@ -11,7 +11,8 @@ from rich.console import Console
 
 from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
-from megatron_ext.observe import Run, read_json_lines
+from megatron_ext.files import read_json_lines
+from megatron_ext.observe import Run
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, duration
 
 CONFIG = "train:\n  train_steps: 4\n"

@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from megatron_ext.config import InputError
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 from megatron_ext.vision import VisionTokenizerConfig
 from tests.support import movqgan_2d
 from tokenizer_train.vision import from_2d, train

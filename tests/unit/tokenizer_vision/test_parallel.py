@@ -16,7 +16,7 @@ from torch import nn
 from megatron_ext.config import InputError, load
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import load_vision_tokenizer
 from tests.support.distributed import Ranks, use_next_store

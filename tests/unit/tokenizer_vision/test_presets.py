@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ext.config import load
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.losses import weights_at

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_ext.config import InputError
-from megatron_ext.observe import read_json_lines
+from megatron_ext.files import read_json_lines
 from megatron_ext.vision import load_vision_tokenizer
 from tokenizer_train.vision import train
 
