@@ -23,6 +23,7 @@ from megatron_ext.media import MediaError, MediaIndex, ResizeConfig, Sample, bui
 from megatron_ext.media import resize as resize_picture
 from megatron_ext.media.samples import Extent
 from megatron_ext.observe.progress import progress
+from megatron_ext.runtime.device import keep_to_one_core
 from megatron_ext.vision import from_uint8
 from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.loader import choose_loader
@@ -89,7 +90,7 @@ class TrainingMedia:
         self._loader, callers = choose_loader(
             config, self._index, device=device or torch.device("cpu"), largest_batch=largest
         )
-        self._pool = ThreadPoolExecutor(callers, thread_name_prefix="media")
+        self._pool = ThreadPoolExecutor(callers, thread_name_prefix="media", initializer=keep_to_one_core)
         self._coming: dict[int, tuple[list[Future[list[Tensor]]], Future[Tensor]]] = {}
         """Batches that were begun: their parts, and what puts the parts together."""
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.media import list_samples
+from tokenizer_train.vision import loader_cpu
 from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.data import TrainingMedia
 
@@ -59,6 +60,20 @@ def test_batches_are_a_function_of_seed_and_step(opened):
             assert torch.equal(again.batch(step), batches[step]), (workers, step)
     other = opened(MIXED, seed=2)
     assert any(not torch.equal(other.batch(step), batches[step]) for step in batches)
+
+
+def test_threads_that_decode_leave_the_cores_to_the_training(opened, monkeypatch):
+    """A second thread that splits torch's operations makes the first wait asleep: a step takes 1.7 times as long."""
+    threads, used = torch.get_num_threads(), []
+    cut = loader_cpu.fit
+    monkeypatch.setattr(loader_cpu, "fit", lambda *given: used.append(torch.get_num_threads()) or cut(*given))
+    torch.set_num_threads(2)
+    try:
+        opened(MIXED).batch(1)
+        assert set(used) == {1}
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_ranks_and_accumulation_share_out_the_same_batches(opened):
