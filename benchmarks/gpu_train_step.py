@@ -22,7 +22,6 @@ import dataclasses
 import gc
 import importlib.metadata
 import json
-import os
 import statistics
 import sys
 import time
@@ -42,6 +41,7 @@ from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.data.batch import Batch, Window, collate
+from megatron_ext.files import replacing
 from megatron_ext.model import Emu3Model
 from megatron_ext.model.emu3 import transformer_config
 from megatron_ext.model.specs import check_modules, layer_specs
@@ -369,9 +369,8 @@ def main(argv: list[str]) -> None:
                 row = dataclasses.asdict(case) | {"error": f"{type(error).__name__}: {reason}"}
         rows.append(row)
         print(table_line(row), flush=True)
-        temporary = output.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")
-        os.replace(temporary, output)
+        with replacing(output) as temporary:
+            temporary.write_text(json.dumps({"environment": environment(device), "rows": rows}, indent=2) + "\n")
     if failed:
         sys.exit(1)
 

@@ -13,7 +13,6 @@ import ctypes
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
+from megatron_ext.files import replacing
 from megatron_ext.runtime.device import (
     PRECISIONS,
     choose_device,
@@ -261,9 +261,8 @@ def table(found: dict[str, dict[str, Any]], settings: dict[str, Any]) -> Table:
 
 def write(path: Path, runs: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(runs, indent=2) + "\n", encoding="utf-8")
 
 
 def expected_seconds(records: dict[str, list[dict]], case: str) -> float:
