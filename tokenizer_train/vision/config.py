@@ -184,7 +184,11 @@ class VisionTrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionOptimConfig(OptimConfig):
-    """AdamW, clipping and the learning-rate schedule."""
+    """Optimizer, clipping and the learning-rate schedule."""
+
+    optimizer: Literal["adam", "muon"] = "adam"
+    """What steps the kernels between hidden layers: AdamW as all else, or Muon (Jordan et al. 2024), scaled to AdamW's
+    learning rates and weight decays (Liu et al. 2025), which needs fewer steps and half the moments."""
 
     clip_grad_value: float = 0.0
     """Largest absolute value of a gradient's numbers (SBER's MoVQGAN: 1.0), after clip_grad; 0 turns it off."""

@@ -1,7 +1,8 @@
-"""AdamW for one network: the schedule of the decoder's training, clipping, a refusal of steps that are not finite."""
+"""The optimizer of one network: AdamW, or Muon for its kernels; the schedule of the decoder's training, clipping, a
+refusal of steps that are not finite."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -12,8 +13,12 @@ from megatron_ext.config import InputError
 from megatron_ext.config.validate import schedule_fault
 from megatron_ext.optim.schedule import learning_rate
 from tokenizer_train.vision.config import VisionOptimConfig
+from tokenizer_train.vision.muon import Muon
 
 NO_UNITS: Mapping[str, float] = MappingProxyType({})
+
+HIDDEN_CHANNELS = 16
+"""Channels on both sides from which on a kernel joins hidden layers; pixels, latents and scores have 1 to 4."""
 
 
 class NetworkOptimizer:
@@ -42,13 +47,16 @@ class NetworkOptimizer:
         self.prefix = prefix
         self.decay_steps = optim.lr_decay_steps or train_steps
         self.parameters = list(network.parameters())
-        self.inner = torch.optim.AdamW(
-            _groups(network, optim.weight_decay, units),
+        kernels = _hidden_kernels(network, units) if optim.optimizer == "muon" else []
+        self.adam = torch.optim.AdamW(
+            _groups(network, optim.weight_decay, units, without=kernels),
             lr=optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_eps,
             fused=True,
         )
+        """Has the codes in any case."""
+        self.muon = Muon(kernels, lr=optim.lr, weight_decay=optim.weight_decay) if kernels else None
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of optimizer step `step` (the first is 1)."""
@@ -63,7 +71,8 @@ class NetworkOptimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self.inner.zero_grad(set_to_none=True)
+        for weight in self.parameters:
+            weight.grad = None
 
     def step(self, step: int) -> dict[str, float]:
         """Clip and update; the norm of the gradients before clipping and the learning rate, as metrics.
@@ -72,7 +81,7 @@ class NetworkOptimizer:
             InputError: the gradients are not finite; the weights are as they were.
         """
         rate = self.learning_rate(step)
-        for group in self.inner.param_groups:
+        for group in self.adam.param_groups:
             group["lr"] = rate * group["unit"]
             if group["unit"] != 1.0:
                 for weight in group["params"]:
@@ -89,25 +98,44 @@ class NetworkOptimizer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip_grad, total_norm)
         if self.optim.clip_grad_value:
             nn.utils.clip_grad_value_(self.parameters, self.optim.clip_grad_value)
-        self.inner.step()
+        self.adam.step()
+        if self.muon is not None:
+            for group in self.muon.param_groups:
+                group["lr"] = rate
+            self.muon.step()
         return {f"{self.prefix}grad_norm": norm, f"{self.prefix}learning_rate": rate}
 
     def state_dict(self) -> dict[str, Any]:
         """Moments and step of every weight."""
-        return self.inner.state_dict()
+        return self.adam.state_dict() | ({"muon": self.muon.state_dict()} if self.muon is not None else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up saved moments."""
-        self.inner.load_state_dict(state)
+        self.adam.load_state_dict(state)
+        if self.muon is not None:
+            self.muon.load_state_dict(state["muon"])
 
 
-def _groups(network: nn.Module, weight_decay: float, units: Mapping[str, float]) -> list[dict[str, Any]]:
+def _hidden_kernels(network: nn.Module, units: Mapping[str, float]) -> list[nn.Parameter]:
+    """The kernels that Muon is for (Jordan et al. 2024): not those of the first and last layers, nor scaled ones."""
+    return [
+        weight
+        for name, weight in network.named_parameters()
+        if weight.ndim >= 4 and min(weight.shape[:2]) >= HIDDEN_CHANNELS and name not in units
+    ]
+
+
+def _groups(
+    network: nn.Module, weight_decay: float, units: Mapping[str, float], *, without: Sequence[nn.Parameter]
+) -> list[dict[str, Any]]:
     """Matrices and kernels decay; norms and biases, and codes, which live where the latents are, do not."""
     codes = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
+    others = {id(weight) for weight in without}
     members: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for name, weight in network.named_parameters():
-        decays = weight.ndim > 1 and id(weight) not in codes
-        members.setdefault((decays, units.get(name, 1.0)), []).append(weight)
+        if id(weight) not in others:
+            decays = weight.ndim > 1 and id(weight) not in codes
+            members.setdefault((decays, units.get(name, 1.0)), []).append(weight)
     return [
         {"params": weights, "unit": unit, "weight_decay": weight_decay / unit if decays else 0.0}
         for (decays, unit), weights in members.items()

@@ -205,7 +205,7 @@ class TrainStep:
     def _note_codes(self, step: int, passes: list[Pass]) -> dict[str, float]:
         """Let the keeper of the codes see what the step chose; metrics."""
         latents = [_rows(done.latents_BDthw) for done in passes]
-        return self.codebook.note(step, [done.codes_Bthw for done in passes], latents, self.optimizer.inner)
+        return self.codebook.note(step, [done.codes_Bthw for done in passes], latents, self.optimizer.adam)
 
     @torch.no_grad()
     def _place_codes(self, step: int) -> None:
