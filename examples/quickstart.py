@@ -120,16 +120,16 @@ STAGES = (
         command=(
             *DECODER,
             *("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"),
-            *("--train.exit_interval", "480"),
+            *("--train.exit_interval", "500"),
         ),
         outputs=(f"{ROOT}/decoder",),
-        expected_s=185,
+        expected_s=210,
     ),
     Stage(
         name="decoder_context_parallel",
         says="resume the same run with context parallel: the loss goes on where it stopped",
         command=(*DECODER, "--parallel.context_parallel_size", "2"),
-        expected_s=185,
+        expected_s=210,
     ),
     Stage(
         name="export",

@@ -90,7 +90,7 @@ def add_training(page: Report, run: Path) -> None:
             y_label="loss, nats per token",
         ),
         f"Loss of text (with the ids of the document's structure) and of visual tokens; mean of {SPAN} steps, single "
-        "steps behind. Training weighs visual tokens by one half; these curves are unweighted.",
+        "steps behind.",
     )
     steps, rates = [record["step"] for record in training], [tokens_per_second(record) for record in training]
     page.figure(
