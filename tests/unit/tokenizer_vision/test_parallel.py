@@ -172,6 +172,7 @@ TRAININGS = {
     "plain": {},
     "accumulated": {"train.accumulation_steps": 2, "train.ema_decay": 0.9},
     "frozen": {"train.freeze_batch_norm_step": 1},
+    "muon": {"optim.optimizer": "muon"},
     "adversarial": {
         "train.accumulation_steps": 2,
         "loss.adversarial": 0.5,
@@ -202,6 +203,7 @@ def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrai
         "codebook.kmeans_iterations": 0,  # a rounding that moves one latent to another centre grows in every round
         "codebook.restart_interval": 2,
         "codebook.restart_until_step": 8,
+        "optim.optimizer": "adam",
         "optim.lr": 1e-6,  # Adam turns rounding of small gradients into steps of this size
         "optim.min_lr": 0,
         "optim.lr_warmup_steps": 0,
