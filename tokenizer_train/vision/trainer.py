@@ -4,6 +4,7 @@ The state is the same on every rank, so a run may go on with another number of t
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -225,8 +226,9 @@ class Trainer:
     def _check_same_configuration(self, before: dict[str, Any], folder: Path) -> None:
         now = as_dict(self.config)
         for section in SHAPING_SECTIONS:
+            then = _with_newer_fields(before[section], getattr(self.config, section))
             for name, value in now[section].items():
-                found = before[section].get(name)
+                found = then[name]
                 if found != value and name not in FREE_FIELDS.get(section, ()) and not self._is_length(section, name):
                     raise InputError(
                         f"{section}.{name} = {value!r}, but {folder} was made with {found!r}: "
@@ -238,3 +240,15 @@ class Trainer:
         schedules = [self.config.optim] + ([self.config.discriminator.optim] if self.config.loss.adversarial else [])
         fixed = all(optim.lr_decay_style == "constant" or optim.lr_decay_steps is not None for optim in schedules)
         return (section, name) == ("train", "train_steps") and fixed
+
+
+def _with_newer_fields(saved: dict[str, Any], config: Any) -> dict[str, Any]:
+    """`saved` with the defaults of the fields that the dataclass of `config` has got since: what acted then."""
+    filled = dict(saved)
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            filled[field.name] = _with_newer_fields(saved.get(field.name, {}), value)
+        elif field.name not in saved:
+            filled[field.name] = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    return filled

@@ -112,4 +112,4 @@ def test_the_largest_count_is_exact():
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_good(world_size):
-    validate(GOOD, world_size)
+    assert validate(GOOD, world_size) is None

@@ -75,6 +75,7 @@ def test_an_echo_is_silent_and_a_bug_is_not(on_a_rank, monkeypatch):
 def test_the_rank_that_speaks_is_not_cut_short(on_a_rank):
     faults.is_told_here(InputError("a fault"))
     os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does when another rank has exited
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
 def test_without_torchrun_every_process_speaks(on_a_rank, monkeypatch):

@@ -1,5 +1,6 @@
 """A run whose process is killed, whose disk is full, that is told to stop, or that is configured otherwise."""
 
+import json
 import os
 import signal
 import subprocess
@@ -105,6 +106,19 @@ def test_run_stops_where_it_is_told_to(whole, tmp_path, capsys):
     assert lines(tmp_path) == lines(whole)[:7]
     with pytest.raises(InputError, match=r"train.ema_decay = 0.5, but .* was made with 0.8"):
         train.main(arguments(tmp_path, train__ema_decay=0.5))
+
+
+def test_run_from_before_a_field_goes_on_with_its_default(tmp_path):
+    train.main(arguments(tmp_path, optim__optimizer="adam", train__exit_interval=2))
+    manifest = tmp_path / "checkpoints/step_00000002/manifest.json"
+    saved = json.loads(manifest.read_text())
+    config = saved["metadata"]["config"]
+    del config["optim"]["optimizer"], config["discriminator"]["optim"]["optimizer"]
+    manifest.write_text(json.dumps(saved))
+    with pytest.raises(InputError, match=r"optim.optimizer = 'muon', but .* was made with 'adam'"):
+        train.main(arguments(tmp_path))
+    train.main(arguments(tmp_path, optim__optimizer="adam", train__exit_interval=3))
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
 def test_run_can_be_made_longer_where_no_learning_rate_depends_on_its_length(tmp_path):
