@@ -6,7 +6,6 @@ locked in it), no call of an accelerator, no garbage collection, no exit handler
 """
 
 import contextlib
-import ctypes
 import gc
 import os
 import pickle
@@ -19,8 +18,7 @@ from typing import IO, Any
 
 import torch
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the loader has a lock too
+from megatron_ext.runtime.parent import end_with_parent
 
 
 class WriteError(OSError):
@@ -86,20 +84,19 @@ def _run_in_child(write: Callable[[], Any], report: IO[bytes], parent: int) -> N
     code = 1
     try:
         gc.disable()  # a collection would run destructors of the parent's objects, on the accelerator too
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == parent:  # else the parent died before the line above
-            # The signals that ask a run for a last checkpoint go to the whole process group: this is that checkpoint.
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_IGN)
-            _close_files_but(report.fileno())
-            torch.set_num_threads(1)
-            try:
-                outcome = write(), None
-            except Exception as error:
-                outcome = None, f"{type(error).__name__}: {error}"
-            pickle.dump(outcome, report)
-            report.flush()
-            code = 0
+        end_with_parent(parent)
+        # The signals that ask a run for a last checkpoint go to the whole process group: this is that checkpoint.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        _close_files_but(report.fileno())
+        torch.set_num_threads(1)
+        try:
+            outcome = write(), None
+        except Exception as error:
+            outcome = None, f"{type(error).__name__}: {error}"
+        pickle.dump(outcome, report)
+        report.flush()
+        code = 0
     finally:
         os._exit(code)  # no exit handlers: they are the parent's
 

@@ -1,8 +1,8 @@
 """From what was read to encoded documents of each split; in this process or in workers."""
 
 import contextlib
-import ctypes
 import multiprocessing
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -20,11 +20,10 @@ from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.shingles import text_signatures
 from megatron_ext.data.sources import MediaSample, parse_sample
 from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
+from megatron_ext.runtime.parent import end_with_parent
 from megatron_ext.vocab import Vocabulary
 
 TRAIN, VALID = "train", "valid"
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(kw_only=True)
@@ -125,12 +124,11 @@ def _without_bad(items: Iterable, result: Result) -> Iterator:
 _encoder: Encoder | None = None  # of a worker process
 
 
-def _begin(encoder: Encoder) -> None:
+def _begin(encoder: Encoder, parent: int) -> None:
     global _encoder
     _encoder = encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    # A parent that was killed says nothing to its workers: the kernel shall.
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(parent)
 
 
 def _encode(batch: Batch) -> Result:
@@ -147,7 +145,7 @@ def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iter
         yield from map(encoder.encode, batches)
         return
     # Forked, so that the index of media and the clusters are shared, not copied.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (encoder,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (encoder, os.getpid()))
     with contextlib.ExitStack() as stack:
         stack.callback(pool.shutdown, wait=True, cancel_futures=True)
         pending: deque = deque()

@@ -27,8 +27,8 @@ from megatron_ext.runtime.device import (
     make_deterministic,
     set_threads,
 )
-from megatron_ext.runtime.launcher import stop_with_launcher
 from megatron_ext.runtime.meeting import meet
+from megatron_ext.runtime.parent import stop_with_launcher
 
 
 @dataclass(frozen=True, kw_only=True)
