@@ -7,8 +7,8 @@ from megatron_ext.config.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When and how to save, what to keep, where weights come from."""
+class SaveConfig:
+    """When to save and what to keep, of whatever is trained."""
 
     save_interval: int = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -18,6 +18,18 @@ class CheckpointConfig:
 
     keep_every: int | None = None
     """Checkpoints of steps divisible by this are kept for good, beside the newest; null keeps none for good."""
+
+    def __post_init__(self) -> None:
+        if self.save_interval < 1:
+            raise InputError(
+                f"checkpoint.save_interval {self.save_interval}: must be at least 1; "
+                "train.train_steps saves the last step alone"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(SaveConfig):
+    """When and how to save, what to keep, where weights come from."""
 
     async_save: bool = True
     """Write checkpoints in a process of their own while training goes on; false: training waits for the files."""
@@ -36,10 +48,6 @@ class CheckpointConfig:
     """Take the moments of Adam from init_from too (a checkpoint, not a Hugging Face folder); false: weights only."""
 
     def __post_init__(self) -> None:
-        if self.save_interval < 1:
-            raise InputError(
-                f"checkpoint.save_interval {self.save_interval}: must be at least 1; "
-                "train.train_steps saves the last step alone"
-            )
+        super().__post_init__()
         if not self.save_timeout_s > 0:
             raise InputError(f"checkpoint.save_timeout_s {self.save_timeout_s}: must be more than 0 seconds")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.config import InputError
-from megatron_ext.config.checkpoint import CheckpointConfig
+from megatron_ext.config.checkpoint import SaveConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.runtime import DeviceName
@@ -230,6 +230,15 @@ class DiscriminatorConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VisionCheckpointConfig(SaveConfig):
+    """When to save, what to keep, where weights come from."""
+
+    init_from: str | None = None
+    """Folder of a vision tokenizer, or file of a 2D MoVQGAN in SBER's layout, whose weights start a new run; it must
+    stay there until the run has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VisionTokenizerTrainingConfig:
     """Train a vision tokenizer on pictures and clips."""
 
@@ -257,9 +266,8 @@ class VisionTokenizerTrainingConfig:
     train: VisionTrainConfig = field(default_factory=VisionTrainConfig)
     """Length, seed and precision."""
 
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When to save; init_from is the folder of a vision tokenizer, or the file of a 2D MoVQGAN in SBER's layout, and
-    must stay there until the run has ended."""
+    checkpoint: VisionCheckpointConfig = field(default_factory=VisionCheckpointConfig)
+    """When to save, what to keep, where weights come from."""
 
     def __post_init__(self) -> None:
         self._check_quantizer()

@@ -137,15 +137,17 @@ class Trainer:
         step done is saved."""
         state, train = self.state, self.config.train
         saved, reason = state.step, None
-        while state.step < train.train_steps and reason is None:
-            self._train_step()
-            if state.step == train.train_steps or (train.eval_interval and state.step % train.eval_interval == 0):
-                self.evaluate()
-            if (reason := stop_reason(state.step)) is not None:
-                self.run.log_event("stop", step=state.step, reason=reason)
-            elif state.step % self.config.checkpoint.save_interval == 0:
-                self.save()
-                saved = state.step
+        with self.run.profiler(self.topology) as profiler:
+            while state.step < train.train_steps and reason is None:
+                with profiler.step(state.step + 1):
+                    self._train_step()
+                if state.step == train.train_steps or (train.eval_interval and state.step % train.eval_interval == 0):
+                    self.evaluate()
+                if (reason := stop_reason(state.step)) is not None:
+                    self.run.log_event("stop", step=state.step, reason=reason)
+                elif state.step % self.config.checkpoint.save_interval == 0:
+                    self.save()
+                    saved = state.step
         if saved != state.step:
             self.save()
         self.run.log_event("end", step=state.step, finished=state.step >= train.train_steps)
