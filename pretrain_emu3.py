@@ -5,6 +5,7 @@ python pretrain_emu3.py --config FILE --dry_run --world_size N [--suggest]     #
 """
 
 import os
+import signal
 
 from megatron_ext.config import load, run_program, to_yaml
 from megatron_ext.config.run import RunConfig
@@ -33,6 +34,7 @@ def train(config: RunConfig) -> None:
     from megatron_ext.objectives import build_objective
     from megatron_ext.observe import Run
     from megatron_ext.optim import build_optimizer
+    from megatron_ext.resilience import StopRequest
     from megatron_ext.resilience.notice import Notice
     from megatron_ext.runtime import Topology
     from megatron_ext.train import MicrobatchRunner, Trainer, resume_or_init
@@ -42,6 +44,7 @@ def train(config: RunConfig) -> None:
     vocab = Vocabulary.load(config.vocab)
     is_first = int(os.environ.get("RANK", 0)) == 0
     with (
+        StopRequest.where_ignored(signal.SIGTERM) as told_before,
         Notice.at_end(config.resilience.notify, config.observe.run_dir, is_main=is_first) as notice,
         Topology.start(config.runtime, config.parallel) as topology,
         Run.open(
@@ -65,12 +68,14 @@ def train(config: RunConfig) -> None:
         run.add_provenance(identities={**checkpoint.identities, "data": data.train.identity})
         runner = MicrobatchRunner(optimizer.model, objective, topology, seed=config.train.seed)
         trainer = Trainer(config.train, config.resilience, data, runner, optimizer, checkpoint, run)
-        state = trainer.fit(state)
+        state = trainer.fit(state, told_before)
         notice.reached(state.step, config.train.train_steps)
 
 
 def tells(error: Exception) -> bool:
     """Whether this rank is the one that reports what ends it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # no other ranks: a plan that fails needs no torch either
+        return True
     from megatron_ext.runtime.faults import is_told_here
 
     return is_told_here(error)

@@ -90,6 +90,7 @@ def from_hf(config: FromHfConfig) -> None:
     import torch
 
     from megatron_ext.checkpoint.streaming import write_weights
+    from megatron_ext.files import writing
     from megatron_ext.hf import load_vision_from_hf, model_section, read_config, read_decoder, read_vocabulary
     from megatron_ext.hf.convert import VISION_FOLDER
     from megatron_ext.vision import save_vision_tokenizer
@@ -104,7 +105,8 @@ def from_hf(config: FromHfConfig) -> None:
     identities = {"vocabulary": vocab.identity, "model": decoder.shape.identity}
     print(f"wrote {write_weights(Path(config.output), tensors, vocab, config_yaml, identities)}")
     if "vq_config" in theirs or (Path(config.hf) / VISION_FOLDER).is_dir():
-        save_vision_tokenizer(load_vision_from_hf(config.hf), Path(config.output) / VISION_FOLDER)
+        with writing(config.output, "output"):
+            save_vision_tokenizer(load_vision_from_hf(config.hf), Path(config.output) / VISION_FOLDER)
         print(f"wrote {Path(config.output) / VISION_FOLDER}")
 
 

@@ -19,6 +19,13 @@ class StopRequest:
         return self.signal_name is not None
 
     @classmethod
+    def where_ignored(cls, *numbers: signal.Signals) -> contextlib.AbstractContextManager["StopRequest"]:
+        """Listen to those of `numbers` that this process was started to ignore, as ranks are in a job (slurm/job.sh):
+        what ends others at once would pass such a one by until it trains.
+        """
+        return cls.on_signals(*(number for number in numbers if signal.getsignal(number) == signal.SIG_IGN))
+
+    @classmethod
     @contextlib.contextmanager
     def on_signals(cls, *numbers: signal.Signals) -> Iterator["StopRequest"]:
         """Listen to `numbers` while open, then restore what was installed before."""

@@ -38,13 +38,17 @@ class Stopping:
 
     @classmethod
     @contextlib.contextmanager
-    def watch(cls, train: Limits, run_folder: Path, topology: Topology) -> Iterator["Stopping"]:
-        """Listen for SIGTERM and Ctrl-C while open."""
+    def watch(
+        cls, train: Limits, run_folder: Path, topology: Topology, earlier: StopRequest | None = None
+    ) -> Iterator["Stopping"]:
+        """Listen for SIGTERM and Ctrl-C while open; what `earlier` has heard by then counts too."""
         with StopRequest.on_signals(signal.SIGTERM, signal.SIGINT) as signals:
+            if earlier is not None and earlier.requested:
+                signals.signal_name = earlier.signal_name
             yield cls(train, run_folder, topology, signals)
 
     def reason(self, step: int) -> str | None:
-        """Why the run stops after `step`, the same on every rank as far as whether it stops; None to go on."""
+        """Why the run stops after `step`, as the lowest rank that knows says it, on every rank; None to go on."""
         if self._train.exit_interval and step % self._train.exit_interval == 0:
             return f"train.exit_interval {self._train.exit_interval}"
         mine = self._own_reason()
@@ -52,7 +56,8 @@ class Stopping:
             return None
         if self._topology.is_main:
             self._file.unlink(missing_ok=True)
-        return mine or "another rank was told to stop"
+        reasons = self._topology.gather(mine)
+        return self._topology.from_main(lambda: next(reason for reason in reasons if reason is not None))
 
     def _own_reason(self) -> str | None:
         """What this rank sees. Only the main rank looks for the file: one look per step is enough for a file system."""

@@ -13,7 +13,7 @@ from megatron_ext.config.train import TrainConfig
 from megatron_ext.data.loader import Data, first
 from megatron_ext.observe import Run
 from megatron_ext.optim import Optimizer
-from megatron_ext.resilience import Stopping, Watchdog
+from megatron_ext.resilience import Stopping, StopRequest, Watchdog
 from megatron_ext.resilience.judgement import fault_of, remembered
 from megatron_ext.resilience.rank_times import line_about, rank_times
 from megatron_ext.resilience.replicas import differing_replicas, unlike_masters
@@ -53,8 +53,9 @@ class Trainer:
         self._bad_steps = 0
         self._watchdog = Watchdog(resilience, run.folder / "stacks", self.topology.rank, self._tell_of_hang)
 
-    def fit(self, state: TrainState) -> TrainState:
-        """Train until the last step, the exit interval or a signal. The state reached is saved."""
+    def fit(self, state: TrainState, told_before: StopRequest) -> TrainState:
+        """Train until the last step, the exit interval or a signal, or for one step where a signal has come before. The
+        state reached is saved."""
         self.run.truncate_after(state.step)
         if self.data.change is not None:
             self.run.log_event("blend", step=state.step, **dataclasses.asdict(self.data.change))
@@ -64,7 +65,7 @@ class Trainer:
         for line in self.data.train.summary(self.train.samples_of(self.train.train_steps)):
             self.run.console.print(line, markup=False, soft_wrap=True)
         with (
-            Stopping.watch(self.train, self.run.folder, self.topology) as stopping,
+            Stopping.watch(self.train, self.run.folder, self.topology, told_before) as stopping,
             self._watchdog.watching(),
             collected_every(self.train.manual_gc_interval) as collect,
             self.run.profiler(self.topology) as profiler,

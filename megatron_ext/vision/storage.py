@@ -16,7 +16,11 @@ MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
 
 
 def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
-    """Write config.json and model.safetensors into `folder`."""
+    """Write config.json and model.safetensors into `folder`.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model_type = MODEL_TYPES[model.config.quantizer]
@@ -24,7 +28,11 @@ def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
     fields |= model.config.fields()
     with replacing(folder / "config.json") as description, replacing(folder / "model.safetensors") as weights:
         description.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, weights, metadata={"format": "pt"})
+        tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        try:
+            save_file(tensors, weights, metadata={"format": "pt"})
+        except SafetensorError as error:  # what the system said is in its text alone
+            raise OSError(str(error)) from error
         weights.chmod(0o644)  # safetensors gives its files to their owner alone
 
 

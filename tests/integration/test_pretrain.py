@@ -152,6 +152,21 @@ def test_a_signal_saves_and_stops(workplace, straight):
     assert events[2]["reason"] == "SIGTERM"
 
 
+def test_a_signal_before_training_is_obeyed_in_a_job(workplace):
+    """There torchrun is started to ignore SIGTERM (slurm/job.sh), and the ranks inherit it."""
+    arguments = command(workplace, "preempted_early", "--train.train_steps", "5000")
+    process = subprocess.Popen(["bash", "-c", 'trap "" TERM; exec "$@"', "job", *arguments], stdout=subprocess.DEVNULL)
+    events = workplace / "preempted_early" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while not events.exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    (stop,) = (event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "stop")
+    assert stop["reason"] == "SIGTERM" and stop["step"] == metrics(workplace, "preempted_early")[-1]["step"]
+
+
 def test_torchrun_told_to_stop_saves_the_last_step(workplace):
     """SIGTERM to the agent goes to every process of the ranks, helpers of earlier saves included."""
     arguments = ("--checkpoint.save_interval", "1", "--train.train_steps", "5000", "--train.eval_interval", "0")

@@ -192,7 +192,7 @@ class CodebookKeeper:
         self.average_K.lerp_(sizes_K.double(), 1 - config.ema_decay)
         self.counts_K += sizes_K
         line = {"codes_perplexity": perplexity(sizes_K), "codes_perplexity_average": perplexity(self.average_K)}
-        if step % (config.restart_interval or USAGE_WINDOW) == 0:
+        if (step - config.start_step) % (config.restart_interval or USAGE_WINDOW) == 0:
             line["codes_used"] = int((self.counts_K > 0).sum())
             if config.restart_interval and step <= config.restart_until_step:
                 line["codes_restarted"] = self._restart(step, latents, optimizer)

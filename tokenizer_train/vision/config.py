@@ -92,7 +92,7 @@ class CodebookConfig:
     as codes_perplexity_average."""
 
     start_step: int = 0
-    """Steps without quantisation, as a plain autoencoder; then k-means places the codes."""
+    """Steps without quantisation, as a plain autoencoder, at the beginning; then k-means places the codes."""
 
     kmeans_batches: int = 50
     """Batches whose latents k-means groups; 0 leaves the codes where they were initialised, which collapses from
@@ -160,7 +160,7 @@ class VisionTrainConfig:
     """Initial weights: residual branches at zero and temporal layers that pass frames on, or those of Emu3's code."""
 
     freeze_batch_norm_step: int = 0
-    """Step after which the batch norms use their running statistics, as in use; 0 never."""
+    """First step in which the batch norms use their running statistics, as in use; 0 never."""
 
     eval_interval: int = 500
     """Steps between evaluations on the training media; one more at the end, which 0 leaves alone."""
@@ -234,8 +234,8 @@ class VisionCheckpointConfig(SaveConfig):
     """When to save, what to keep, where weights come from."""
 
     init_from: str | None = None
-    """Folder of a vision tokenizer, or file of a 2D MoVQGAN in SBER's layout, whose weights start a new run; it must
-    stay there until the run has ended."""
+    """Folder of a vision tokenizer (a checkpoint of another run is one too), or file of a 2D MoVQGAN in SBER's layout,
+    whose weights start a new run; ignored once the run has a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +280,11 @@ class VisionTokenizerTrainingConfig:
                 f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
                 f"{self.train.train_steps}"
             )
+        if not 0 <= self.codebook.start_step < self.train.train_steps:
+            raise InputError(
+                f"codebook.start_step = {self.codebook.start_step}: must be at least 0 and below train.train_steps = "
+                f"{self.train.train_steps}, or the codes are never placed"
+            )
 
     def _check_quantizer(self) -> None:
         loss, codebook = self.loss, self.codebook
@@ -293,6 +298,11 @@ class VisionTokenizerTrainingConfig:
                 raise InputError(
                     f"codebook.{name} = {getattr(codebook, name)!r}: is for model.quantizer nearest; every code of an "
                     f"ibq has a gradient, so set {'gradient' if name == 'update' else 0}"
+                )
+            if loss.entropy and self.train.accumulation_steps > 1:
+                raise InputError(
+                    f"loss.entropy = {loss.entropy} with train.accumulation_steps = {self.train.accumulation_steps}: "
+                    "set 1, and take more ranks instead; the entropy of a mean is not the mean of entropies"
                 )
             return
         for name in ("index_propagation", "entropy"):

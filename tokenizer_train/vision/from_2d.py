@@ -156,8 +156,8 @@ def _make_encoder_identity(model: MoVQGAN, source: dict[str, Tensor]) -> dict[st
     """The temporal layers behind the encoder's 2D network; the units of what is scaled."""
     convs = [block.conv.conv for block in model.encoder.time_conv]
     # Latents that give the codes exactly: the size that latents have.
-    codes_KD = source["quantize.embedding.weight"] - source["quant_conv.bias"]
-    latents_KZ = torch.linalg.lstsq(source["quant_conv.weight"][:, :, 0, 0], codes_KD.T).solution.T
+    codes_KD = source["quantize.embedding.weight"].double() - source["quant_conv.bias"]
+    latents_KZ = torch.linalg.lstsq(source["quant_conv.weight"][:, :, 0, 0].double(), codes_KD.T).solution.T
     small = _signal(latents_KZ, len(convs))
     for index, conv in enumerate(convs):
         # The two older of the four frames are zeros at the start of a clip.
@@ -176,8 +176,8 @@ def _make_encoder_identity(model: MoVQGAN, source: dict[str, Tensor]) -> dict[st
 
 def _make_decoder_identity(model: MoVQGAN, source: dict[str, Tensor]) -> dict[str, float]:
     """The temporal layers before the decoder's 2D network; the units of what is scaled."""
-    codes_KD = source["quantize.embedding.weight"]
-    mapped_KZ = codes_KD @ source["post_quant_conv.weight"][:, :, 0, 0].T + source["post_quant_conv.bias"]
+    codes_KD = source["quantize.embedding.weight"].double()
+    mapped_KZ = codes_KD @ source["post_quant_conv.weight"][:, :, 0, 0].double().T + source["post_quant_conv.bias"]
     both_KZ = torch.cat((mapped_KZ, codes_KD))
     for block in model.decoder.time_res_stack:
         _add_nothing(block, both_KZ)
@@ -215,14 +215,19 @@ def _diagonal(conv: nn.Conv3d, taps: tuple[float, ...], scale: float) -> None:
 
 
 def _add_nothing(block: nn.Module, values_KZ: Tensor) -> None:
-    """A residual block that adds zero, and whose first norm takes `values_KZ` to mean 0 and variance 1."""
+    """A residual block that adds zero, and whose first norm takes `values_KZ` to mean 0 and variance 1.
+
+    They are float64: the last bits of BLAS and LAPACK depend on where tensors lie in memory, and every start, and every
+    rank, is to begin with the same float32.
+    """
     nn.init.zeros_(block.conv2.conv.weight)
     nn.init.zeros_(block.conv2.conv.bias)
     norm = block.norm1
     norm.running_mean.copy_(values_KZ.mean(0))
-    norm.running_var.copy_(values_KZ.var(0))
+    variance_Z = values_KZ.var(0)
+    norm.running_var.copy_(variance_Z)
     # Where the signal is smaller than the norm's epsilon allows for, the scale makes up for it.
-    norm.weight.copy_(((norm.running_var + norm.eps) / norm.running_var).sqrt())
+    norm.weight.copy_(((variance_Z + norm.eps) / variance_Z).sqrt())
 
 
 def _conv_units(network: str, num_convs: int, small: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.store import read_metadata
 from megatron_ext.config import InputError
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
@@ -25,6 +26,10 @@ def initial_tokenizer(config: VisionTokenizerTrainingConfig) -> Start:
         if config.train.init == "near_identity":
             near_identity(model)
         return Start(model=model, units={})
+    if kmeans_batches := config.codebook.kmeans_batches:
+        raise InputError(
+            f"codebook.kmeans_batches = {kmeans_batches}: would replace the codes of checkpoint.init_from, set 0"
+        )
     if Path(source).is_file() or Path(source).suffix in SUFFIXES_2D:
         return _from_2d(source, config)
     model = load_vision_tokenizer(source)
@@ -33,13 +38,16 @@ def initial_tokenizer(config: VisionTokenizerTrainingConfig) -> Start:
     return Start(model=model, units={})
 
 
+def saved_shape(config: VisionTokenizerTrainingConfig, checkpoint: Path) -> Start:
+    """A tokenizer for the weights of a checkpoint; checkpoint.init_from need not be there any more."""
+    units = read_metadata(checkpoint).get("units")
+    if units is None:  # of a run from before they were kept
+        return initial_tokenizer(config)
+    return Start(model=MoVQGAN(config.model), units=units)
+
+
 def _from_2d(source: str, config: VisionTokenizerTrainingConfig) -> Start:
     codebook = config.codebook
-    if codebook.kmeans_batches:
-        raise InputError(
-            f"codebook.kmeans_batches = {codebook.kmeans_batches}: would replace the codes of checkpoint.init_from, "
-            "set 0"
-        )
     start = tokenizer_from_2d(source, config.model)
     if start.num_new_codes and not 0 < codebook.restart_interval <= codebook.restart_until_step:
         raise InputError(

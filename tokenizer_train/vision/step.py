@@ -94,10 +94,10 @@ class TrainStep:
     def run(self, step: int) -> dict[str, Any]:
         """Optimizer step number `step` (the first is 1); the metrics line without timing."""
         codebook = self.config.codebook
+        if 0 < self.config.train.freeze_batch_norm_step <= step:
+            self._freeze_batch_norm()
         if step == codebook.start_step + 1 and codebook.kmeans_batches:
             self._place_codes(step)
-        if 0 < self.config.train.freeze_batch_norm_step < step:
-            self._freeze_batch_norm()
         self.optimizer.zero_grad()
         passes = [self._pass(step, index) for index in range(self.config.train.accumulation_steps)]
         values = torch.stack([torch.stack(list(done.metrics.values())) for done in passes])

@@ -4,7 +4,6 @@ The state is the same on every rank, so a run may go on with another number of t
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,30 +15,21 @@ import torch
 from megatron_ext.checkpoint.room import check_room
 from megatron_ext.checkpoint.store import CheckpointStore, read_metadata
 from megatron_ext.config import InputError, as_dict
+from megatron_ext.files import writing
 from megatron_ext.observe import Run
 from megatron_ext.runtime import Topology
 from megatron_ext.runtime.device import peak_memory_bytes, synchronize
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
 from tokenizer_train.vision import evaluate
+from tokenizer_train.vision.changes import changes
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.ema import WeightAverage
 from tokenizer_train.vision.execution import compile_networks, recompute_blocks
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
-from tokenizer_train.vision.start import initial_tokenizer
+from tokenizer_train.vision.start import initial_tokenizer, saved_shape
 from tokenizer_train.vision.step import TrainStep
-
-SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "optim", "train")
-"""Sections that a resume must find as they were; observe and checkpoint may change."""
-
-FREE_FIELDS = {
-    "train": {
-        "eval_interval", "eval_samples", "num_threads", "device", "deterministic", "distributed_timeout_s",
-        "recompute_min_side", "compile", "exit_interval", "exit_duration",
-    }
-}  # fmt: skip
-"""Fields of those sections that do not say what is computed."""
 
 STATE_FILE = "state.pt"
 GRID_FILE = "reconstruction.png"
@@ -97,7 +87,18 @@ class Trainer:
         self.media = media
         self.run = run
         self.topology = topology
-        start = initial_tokenizer(config)
+        root = Path(config.observe.run_dir) / "checkpoints"
+        self.store = CheckpointStore(
+            root,
+            config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            from_main=topology.from_main,
+            barrier=topology.barrier,
+        )
+        name = topology.from_main(lambda: (folder := self.store.latest()) and folder.name)
+        self._latest = root / name if name is not None else None
+        start = saved_shape(config, self._latest) if self._latest else initial_tokenizer(config)
+        self._units = start.units
         model = start.model.to(topology.device).train()
         if config.train.recompute_min_side:
             recompute_blocks(model, config.train.recompute_min_side)
@@ -108,14 +109,6 @@ class Trainer:
         # After the train step, which may give all ranks the weights of one.
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
         self.state = TokenizerState(model=model, optimizer=optimizer, average=average, train_step=train_step)
-        root = Path(config.observe.run_dir) / "checkpoints"
-        self.store = CheckpointStore(
-            root,
-            config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            from_main=topology.from_main,
-            barrier=topology.barrier,
-        )
         topology.from_main(lambda: check_room(root, self._checkpoint_bytes(), config.checkpoint.keep))
 
     def resume(self) -> None:
@@ -124,12 +117,13 @@ class Trainer:
         Raises:
             InputError: it was made with another configuration.
         """
-        name = self.topology.from_main(lambda: (folder := self.store.latest()) and folder.name)
-        if name is not None:
-            folder = self.store.root / name
-            self._check_same_configuration(read_metadata(folder)["config"], folder)
+        if (folder := self._latest) is not None:
+            changed = changes(read_metadata(folder)["config"], self.config, folder)
             state = torch.load(folder / STATE_FILE, map_location=self.topology.device, weights_only=True)
             self.state.load_state_dict(state)
+            for field, (was, value) in changed.items():
+                self.run.log_event("change", step=self.state.step, field=field, was=was, value=value)
+                self.run.console.print(f"{field} = {value}, and {was} up to step {self.state.step}")
         self.run.truncate_after(self.state.step)
 
     def fit(self, stop_reason: Callable[[int], str | None]) -> str | None:
@@ -168,19 +162,22 @@ class Trainer:
             self.run.log_metrics({"step": self.state.step} | found_metrics | {"timing": timing})
 
     def save(self) -> None:
-        """A checkpoint of all that a resume needs.
+        """A checkpoint of all that a resume needs, which is a folder of the tokenizer as well.
 
         Raises:
             InputError: the disk does not take it.
         """
-        metadata = {"config": as_dict(self.config), "consumed_samples": self.state.consumed_samples}
+        config, samples = as_dict(self.config), self.state.consumed_samples
+        metadata = {"config": config, "consumed_samples": samples, "units": self._units}
 
         def write(folder: Path) -> None:
-            self.topology.from_main(lambda: torch.save(self.state.state_dict(), folder / STATE_FILE))
+            _save(self.state.state_dict(), folder / STATE_FILE)
+            with self.released_weights():
+                save_vision_tokenizer(self.state.model, folder)
 
         started = time.perf_counter()
         try:
-            self.store.write(self.state.step, write, metadata)
+            self.store.write(self.state.step, lambda folder: self.topology.from_main(lambda: write(folder)), metadata)
         except OSError as error:  # raised on every rank
             raise InputError(
                 f"step {self.state.step} could not be saved in {self.store.root} ({error}): make room or check "
@@ -195,12 +192,17 @@ class Trainer:
         return contextlib.nullcontext() if self.state.average is None else self.state.average.in_place()
 
     def release(self, folder: Path) -> str:
-        """Leave the tokenizer in `folder`, on rank 0; one of the same weights stays as it is. Its identity."""
+        """Leave the tokenizer in `folder`, on rank 0; one of the same weights stays as it is. Its identity.
+
+        Raises:
+            InputError: the disk does not take it.
+        """
         with self.released_weights():
             identity = self.state.model.identity
             there = (folder / "model.safetensors").exists()
             if self.topology.is_main and not (there and load_vision_tokenizer(folder).identity == identity):
-                save_vision_tokenizer(self.state.model, folder)
+                with writing(folder, "observe.run_dir"):
+                    save_vision_tokenizer(self.state.model, folder)
         return identity
 
     def _train_step(self) -> None:
@@ -222,35 +224,14 @@ class Trainer:
         self.run.log_metrics(line | {"consumed_samples": state.consumed_samples, "timing": timing})
 
     def _checkpoint_bytes(self) -> int:
-        copies = 1 + MOMENTS + (self.state.average is not None)
+        copies = 1 + MOMENTS + (self.state.average is not None) + 1  # the last: the tokenizer as it is released
         return copies * sum(tensor.nbytes for tensor in self.state.model.state_dict().values())
 
-    def _check_same_configuration(self, before: dict[str, Any], folder: Path) -> None:
-        now = as_dict(self.config)
-        for section in SHAPING_SECTIONS:
-            then = _with_newer_fields(before[section], getattr(self.config, section))
-            for name, value in now[section].items():
-                found = then[name]
-                if found != value and name not in FREE_FIELDS.get(section, ()) and not self._is_length(section, name):
-                    raise InputError(
-                        f"{section}.{name} = {value!r}, but {folder} was made with {found!r}: "
-                        "set it back, or choose another observe.run_dir"
-                    )
 
-    def _is_length(self, section: str, name: str) -> bool:
-        """Whether this is the run's length, and no learning rate depends on it."""
-        schedules = [self.config.optim] + ([self.config.discriminator.optim] if self.config.loss.adversarial else [])
-        fixed = all(optim.lr_decay_style == "constant" or optim.lr_decay_steps is not None for optim in schedules)
-        return (section, name) == ("train", "train_steps") and fixed
-
-
-def _with_newer_fields(saved: dict[str, Any], config: Any) -> dict[str, Any]:
-    """`saved` with the defaults of the fields that the dataclass of `config` has got since: what acted then."""
-    filled = dict(saved)
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            filled[field.name] = _with_newer_fields(saved.get(field.name, {}), value)
-        elif field.name not in saved:
-            filled[field.name] = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    return filled
+def _save(state: dict[str, Any], path: Path) -> None:
+    """torch.save, with the system's OSError for a full disk, which torch hides behind one of its own."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

@@ -37,6 +37,16 @@ def test_quick_and_without_torch():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
+def test_a_refusal_needs_no_torch_either():
+    script = (
+        "import sys; sys.modules['torch'] = None; sys.argv[0] = 'pretrain_emu3.py'; "
+        "import pretrain_emu3; pretrain_emu3.cli()"
+    )
+    arguments = [*STAGE1, "--dry_run", "--world_size", "3", "--parallel.tensor_model_parallel_size", "2"]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_figures(capsys):
     text = printed(capsys, "--dry_run", "--world_size", "128", "--tokens", "1e12", "--mfu", "0.4")
     assert "8,492,011,520" in text and "50.4 GF a token" in text

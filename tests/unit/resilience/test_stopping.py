@@ -8,7 +8,7 @@ import pytest
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
-from megatron_ext.resilience import Stopping
+from megatron_ext.resilience import Stopping, StopRequest
 from megatron_ext.runtime import Topology
 from tests.support.distributed import run_distributed
 
@@ -47,8 +47,22 @@ def test_a_signal(topology, tmp_path):
         assert stopping.reason(1) == "SIGTERM"
 
 
+def test_a_signal_before_the_run_could_listen(topology, tmp_path):
+    """Only where nothing else would have come of it: otherwise SIGTERM ends a start at once."""
+    with StopRequest.where_ignored(signal.SIGTERM):
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    previous = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with StopRequest.where_ignored(signal.SIGTERM) as early:
+            os.kill(os.getpid(), signal.SIGTERM)
+            with Stopping.watch(TrainConfig(train_steps=9), tmp_path, topology, early) as stopping:
+                assert stopping.reason(1) == "SIGTERM"
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def test_all_ranks_stop_where_one_was_told(tmp_path):
-    assert run_distributed(reasons, 2, tmp_path) == ["another rank was told to stop", "SIGTERM"]
+    assert run_distributed(reasons, 2, tmp_path) == ["SIGTERM", "SIGTERM"]
 
 
 def reasons(folder):

@@ -15,7 +15,7 @@ from tokenizer_train.vision.codebook import (
     move_to_averages,
     restart_codes,
 )
-from tokenizer_train.vision.config import CodebookConfig, LossConfig, VisionTokenizerTrainingConfig
+from tokenizer_train.vision.config import CodebookConfig, LossConfig, VisionTokenizerTrainingConfig, VisionTrainConfig
 
 NUM_CODES, SIZE = 24, 3
 
@@ -150,6 +150,17 @@ def test_restart_moves_only_dead_codes_and_their_moments():
     assert (moment[dead] == 0).all() and (moment[~dead] != 0).all()
 
 
+def test_a_restart_has_seen_a_whole_interval():
+    """However long the training without codes was: k-means' codes are not moved one step after they were placed."""
+    config = CodebookConfig(start_step=9, restart_interval=10, restart_until_step=100)
+    quantizer = VectorQuantizer(NUM_CODES, SIZE)
+    keeper, optimizer = CodebookKeeper(config, quantizer, 7), torch.optim.AdamW([quantizer.embedding.weight])
+    rows = latents(1, 0)
+    codes = [torch.zeros(len(rows), dtype=torch.int64)]
+    restarted = [step for step in range(10, 31) if "codes_restarted" in keeper.note(step, codes, [rows], optimizer)]
+    assert restarted == [19, 29]
+
+
 def test_diverged_latents_are_refused():
     with pytest.raises(InputError, match="diverged"):
         SharedRows([torch.full((4, 2), 1e20)]).sums(torch.zeros(4, dtype=torch.long), 2)
@@ -162,13 +173,14 @@ def test_settings_that_cannot_act_are_refused(tmp_path):
     from megatron_ext.vision import VisionTokenizerConfig
     from tokenizer_train.vision.config import MediaConfig
 
-    def configure(quantizer="nearest", loss=None, **codebook):
+    def configure(quantizer="nearest", loss=None, batches=1, **codebook):
         return VisionTokenizerTrainingConfig(
             media=MediaConfig(inputs=["somewhere"]),
             observe=ObserveConfig(run_dir=str(tmp_path)),
             model=VisionTokenizerConfig(quantizer=quantizer),
             loss=loss or LossConfig(),
             codebook=CodebookConfig(**codebook),
+            train=VisionTrainConfig(accumulation_steps=batches),
         )
 
     configure("ibq", LossConfig(index_propagation=1, entropy=0.1), kmeans_batches=0)
@@ -177,7 +189,10 @@ def test_settings_that_cannot_act_are_refused(tmp_path):
         "codebook.kmeans_batches = 50": dict(quantizer="ibq"),
         "codebook.update = 'ema'": dict(quantizer="ibq", kmeans_batches=0, update="ema"),
         "codebook.restart_until_step = 9": dict(quantizer="ibq", kmeans_batches=0, restart_until_step=9),
-        "loss.entropy = 0.1": dict(loss=LossConfig(entropy=0.1)),
+        "loss.entropy = 0.1 with train.accumulation_steps = 2": dict(
+            quantizer="ibq", kmeans_batches=0, loss=LossConfig(entropy=0.1), batches=2
+        ),
+        "loss.entropy = 0.1: acts": dict(loss=LossConfig(entropy=0.1)),
         "loss.codebook = 1.0": dict(update="ema"),
         "codebook.ema_decay": dict(ema_decay=1.0),
     }.items():

@@ -1,6 +1,8 @@
 """A tokenizer from a 2D checkpoint is the 2D model until its first step; what does not fit is refused."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_ext.config import InputError
 from megatron_ext.files import read_json_lines
-from megatron_ext.vision import VisionTokenizerConfig
+from megatron_ext.vision import VisionTokenizerConfig, load_vision_tokenizer
 from tests.support import movqgan_2d
 from tokenizer_train.vision import from_2d, train
 from tokenizer_train.vision.config import VisionOptimConfig
@@ -213,10 +215,18 @@ def test_training_begins_as_the_2d_model_and_takes_up_new_codes(weights, checkpo
         train.main(arguments)
     with pytest.raises(InputError, match="absent.ckpt': not readable"):
         train.main([*arguments, "--checkpoint.init_from=absent.ckpt"])
-    train.main([*arguments, "--codebook.restart_interval=2", "--codebook.restart_until_step=2"])
+    arguments += ["--codebook.restart_interval=2", "--codebook.restart_until_step=2"]
+    train.main(arguments)
     lines = [line for line in read_json_lines(tmp_path / "run/metrics.jsonl") if "loss" in line]
     picture = torch.tensor([200.0, 90, 30]).view(1, 3, 1, 1).expand(1, 3, 32, 32) / 127.5 - 1
     with torch.no_grad():
         drawn = movqgan_2d.decode(weights, movqgan_2d.encode(weights, picture))
     assert lines[0]["loss_l2"] == pytest.approx((drawn - picture).square().mean().item(), rel=1e-5)
     assert lines[1]["codes_restarted"] >= OLD_CODES
+    copy = shutil.copy(checkpoint, tmp_path / "copy.safetensors")
+    arguments += [f"--checkpoint.init_from={copy}", f"--observe.run_dir={tmp_path / 'stopped'}"]
+    train.main([*arguments, "--train.exit_interval=2"])
+    Path(copy).unlink()
+    train.main(arguments)  # what has a checkpoint needs its beginning no more
+    finished = [load_vision_tokenizer(tmp_path / name / "tokenizer").identity for name in ("run", "stopped")]
+    assert finished[0] == finished[1]

@@ -308,7 +308,7 @@ def test_accumulated_gradients_are_those_of_the_joined_batch():
             train_step = made(replace(config, train=train), topology)
             train_step.run(1)
             if frozen_after:
-                train_step.run(2)  # freezes, and places the codes
+                train_step.run(2)  # places the codes
             batches = [train_step.media.batch(4, index) for index in (0, 1)]
             train_step.optimizer.zero_grad()
             found = [train_step._pass(4, index) for index in (0, 1)]

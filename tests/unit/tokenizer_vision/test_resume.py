@@ -1,11 +1,15 @@
 """A run whose process is killed, whose disk is full, that is told to stop, or that is configured otherwise."""
 
+import contextlib
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -96,7 +100,8 @@ def test_average_is_evaluated_and_released(whole):
 
 
 def test_run_stops_where_it_is_told_to(whole, tmp_path, capsys):
-    train.main(arguments(tmp_path, train__exit_interval=6))
+    train.main(arguments(tmp_path, train__exit_interval=6, observe__profile_step_start=2))
+    assert (tmp_path / "profile/rank0_step2.trace.json.gz").stat().st_size > 1000
     assert "train.exit_interval 6: saved at step 6" in capsys.readouterr().out
     (tmp_path / "stop").touch()
     train.main(arguments(tmp_path))
@@ -113,7 +118,7 @@ def test_run_from_before_a_field_goes_on_with_its_default(tmp_path):
     manifest = tmp_path / "checkpoints/step_00000002/manifest.json"
     saved = json.loads(manifest.read_text())
     config = saved["metadata"]["config"]
-    del config["optim"]["optimizer"], config["discriminator"]["optim"]["optimizer"]
+    del config["optim"]["optimizer"], config["discriminator"]["optim"]["optimizer"], saved["metadata"]["units"]
     manifest.write_text(json.dumps(saved))
     with pytest.raises(InputError, match=r"optim.optimizer = 'muon', but .* was made with 'adam'"):
         train.main(arguments(tmp_path))
@@ -121,13 +126,35 @@ def test_run_from_before_a_field_goes_on_with_its_default(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
+def test_run_is_steered_at_a_start(tmp_path, capsys):
+    train.main(arguments(tmp_path, train__exit_interval=2))
+    train.main(arguments(tmp_path, train__exit_interval=3, optim__lr=1e-7))
+    assert "optim.lr = 1e-07, and 0.002 up to step 2" in capsys.readouterr().out
+    (event,) = (event for event in read_json_lines(tmp_path / "events.jsonl") if event["event"] == "change")
+    assert (event["step"], event["field"], event["was"], event["value"]) == (2, "optim.lr", 0.002, 1e-7)
+    rates = [line["learning_rate"] for line in lines(tmp_path)]
+    assert rates[1] > 1e-4 and rates[2] < 1e-6
+
+
+def test_checkpoint_is_a_folder_of_the_tokenizer(whole, tmp_path):
+    (folder,) = (whole / "checkpoints").glob("step_*")
+    released = load_vision_tokenizer(whole / "tokenizer").identity
+    assert load_vision_tokenizer(folder).identity == released
+    options = {"checkpoint__init_from": folder, "codebook__kmeans_batches": 0, "train__exit_interval": 1}
+    train.main(arguments(tmp_path, **options, optim__lr=0, optim__min_lr=0, train__ema_decay=0))
+    weights, source = (dict(load_vision_tokenizer(path).named_parameters()) for path in (
+        tmp_path / "checkpoints/step_00000001", folder))  # fmt: skip
+    assert all(torch.equal(weights[name], tensor) for name, tensor in source.items())
+
+
 def test_run_can_be_made_longer_where_no_learning_rate_depends_on_its_length(tmp_path):
-    fixed = {"optim__lr_decay_steps": 30, "train__accumulation_steps": 1}
+    options = {"codebook__start_step": 1, "train__accumulation_steps": 1}
+    fixed = {"optim__lr_decay_steps": 30, **options}
     train.main(arguments(tmp_path, train__train_steps=3, **fixed))
     train.main(arguments(tmp_path, train__train_steps=5, **fixed))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 3, 4, 5, 5]
-    with pytest.raises(InputError, match=r"optim.lr_decay_steps = None, but"):
-        train.main(arguments(tmp_path, train__train_steps=5, train__accumulation_steps=1))
+    with pytest.raises(InputError, match=r"train.train_steps = 6, but"):
+        train.main(arguments(tmp_path, train__train_steps=6, **options))
 
 
 def test_tensorboard_has_scalars_and_reconstructions(whole):
@@ -138,13 +165,34 @@ def test_tensorboard_has_scalars_and_reconstructions(whole):
     assert [event.step for event in board.Images("reconstruction")] == [10, 20, 30]
 
 
-def test_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """The system refuses to write more bytes into a file, as if the disk were full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(InputError, match=r"step 4 could not be saved in .* \(.*No space left"):
+
+def test_full_disk_is_one_line(tmp_path):
+    with (
+        no_file_beyond(200_000),
+        pytest.raises(InputError, match=r"step 4 could not be saved in .* \(.*File too large"),
+    ):
         train.main(arguments(tmp_path))
+
+
+def test_full_disk_at_the_end_is_one_line(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/tokenizer")
+    with (
+        no_file_beyond(200_000),
+        pytest.raises(InputError, match=r"^observe.run_dir: cannot write .*tokenizer .*File too large"),
+    ):
+        train.main(arguments(tmp_path / "run"))
+    assert not (tmp_path / "run/tokenizer/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
@@ -154,6 +202,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
         ({"train__ema_decay": 1.0}, "train.ema_decay = 1.0: must be at least 0 and below 1"),
         ({"train__compile": "true", "train__device": "cpu"}, "train.compile = true with train.precision = 'bf16'"),
         ({"optim__lr_warmup_steps": 40}, "optim.lr_warmup_steps 40 is not below"),
+        ({"codebook__start_step": 30}, "codebook.start_step = 30: must be at least 0 and below train.train_steps = 30"),
     ],
 )
 def test_settings_that_cannot_work(tmp_path, changed, refusal):

@@ -150,6 +150,18 @@ def test_accumulation_is_the_whole_batch(make):
         compare(mine, expected, 1e-3)  # after an update by AdamW, which divides by tiny roots; measured: 5.6e-5
 
 
+def test_codes_are_placed_with_the_norms_of_the_steps_that_follow(make):
+    """Latents of batch statistics and latents of running ones lie in different places."""
+    options = {"codebook__start_step": 1, "codebook__kmeans_batches": 2, "train__freeze_batch_norm_step": 2}
+    step = make(GivenMedia(4), **options)
+    step.run(1)
+    norms = [module for module in step.model.modules() if isinstance(module, torch.nn.BatchNorm3d)]
+    before = [norm.running_mean.clone() for norm in norms]
+    assert norms and all(norm.training for norm in norms)
+    step.run(2)
+    assert all(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+
+
 def test_starts_are_the_configured_ones(make):
     step = make(GivenMedia(2, kinds="p"), discriminator__start_step=1, loss__adversarial_start_step=2)
     lines = [step.run(number) for number in (1, 2, 3)]
