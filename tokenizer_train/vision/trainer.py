@@ -98,13 +98,13 @@ class Trainer:
         name = topology.from_main(lambda: (folder := self.store.latest()) and folder.name)
         self._latest = root / name if name is not None else None
         start = saved_shape(config, self._latest) if self._latest else initial_tokenizer(config)
-        self._units = start.units
+        self._units = topology.broadcast(start.units)  # computed: a rank's last bits may be its own
         model = start.model.to(topology.device).train()
         if config.train.recompute_min_side:
             recompute_blocks(model, config.train.recompute_min_side)
         if config.train.compile:
             compile_networks(model, config.train.precision)
-        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
+        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=self._units)
         train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
         # After the train step, which may give all ranks the weights of one.
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
