@@ -11,10 +11,10 @@ SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "opti
 """Sections that say what is computed; observe and checkpoint are free."""
 
 FREE = {
-    "media": {"max_bad_fraction", "index_dir", "workers", "prefetch_batches", "cache_megabytes"},
+    "media": {"valid_inputs", "max_bad_fraction", "index_dir", "workers", "prefetch_batches", "cache_megabytes"},
     "train": {
-        "eval_interval", "eval_samples", "num_threads", "device", "deterministic", "distributed_timeout_s",
-        "recompute_min_side", "compile", "exit_interval", "exit_duration",
+        "eval_interval", "eval_samples", "eval_clip_frames", "num_threads", "device", "deterministic",
+        "distributed_timeout_s", "recompute_min_side", "compile", "exit_interval", "exit_duration",
     },
 }  # fmt: skip
 """Fields of those sections that do not."""

@@ -163,10 +163,13 @@ class VisionTrainConfig:
     """First step in which the batch norms use their running statistics, as in use; 0 never."""
 
     eval_interval: int = 500
-    """Steps between evaluations on the training media; one more at the end, which 0 leaves alone."""
+    """Steps between evaluations, on media.valid_inputs; one more at the end, which 0 leaves alone."""
 
     eval_samples: int = 64
-    """Pictures, and clips, evaluated at most."""
+    """Pictures, and clips, evaluated at most: the first ones."""
+
+    eval_clip_frames: int = 16
+    """Frames of a clip evaluated at most, from its start: whole chunks of temporal_downsample_factor, at least one."""
 
     num_threads: int = 0
     """CPU threads per rank; 0 shares the cores that this process may use evenly among the machine's ranks."""
@@ -175,7 +178,7 @@ class VisionTrainConfig:
         for name in ("train_steps", "accumulation_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"train.{name} = {getattr(self, name)}: must be positive")
-        for name in ("eval_interval", "eval_samples"):
+        for name in ("eval_interval", "eval_samples", "eval_clip_frames"):
             if getattr(self, name) < 0:
                 raise InputError(f"train.{name} = {getattr(self, name)}: must not be negative")
         if not 0 <= self.ema_decay < 1:

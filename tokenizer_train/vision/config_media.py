@@ -13,6 +13,10 @@ class MediaConfig:
     inputs: list[str]
     """Folders in the layout of img2dataset's "files" output, WebDataset tars, pictures and clips, or glob patterns."""
 
+    valid_inputs: list[str] = field(default_factory=list)
+    """Held-out pictures and clips, in the same forms, on which the training is evaluated on its way; empty takes the
+    first of inputs, which says how well it has learnt them and nothing about others."""
+
     input_weights: list[float] = field(default_factory=list)
     """Share of each of inputs in the pictures, and in the clips, relative to the others; empty takes their numbers of
     samples."""

@@ -73,7 +73,7 @@ class TrainingMedia:
         self.config = config
         self._chunk_frames = chunk_frames
         self._rank, self._ranks, self._accumulation_steps = rank, ranks, accumulation_steps
-        self._index = build_index(config.inputs, config.index_dir, _shown)
+        self._index = build_index(config.inputs, config.index_dir, shown)
         self._order = BatchOrder(
             self._index, config, seed=seed, chunk_frames=chunk_frames, spatial_factor=spatial_factor
         )
@@ -123,23 +123,10 @@ class TrainingMedia:
                 self._coming[one] = self._begin(one)
         return self._coming.pop(number)[1].result()
 
-    def whole(self, sample: Sample) -> np.ndarray | None:
-        """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
-
-        None where it cannot be used.
-        """
-        square = ResizeConfig(rule="square", size=self.config.size)
+    def whole(self, sample: Sample, max_frames: int) -> np.ndarray | None:
+        """As `centred_square`; None where it cannot be used, which is noted."""
         try:
-            data = sample.media.read()
-            if sample.kind == "image":
-                return resize_picture(decode_picture(data), square, factor=1)
-            return decode_clip(
-                data,
-                frame_rate=self.config.clip_frame_rate,
-                max_frames=self.config.clip_max_frames,
-                multiple=self._chunk_frames,
-                resize=lambda frame_HWC: resize_picture(frame_HWC, square, factor=1),
-            ).frames_THWC
+            return centred_square(sample, self.config, self._chunk_frames, max_frames)
         except MediaError as error:
             self._note(sample, error)
             return None
@@ -208,6 +195,27 @@ class TrainingMedia:
                 )
 
 
+def centred_square(sample: Sample, config: MediaConfig, chunk_frames: int, max_frames: int) -> np.ndarray:
+    """A sample as it is tokenized, uint8 [H, W, C] or [T, H, W, C]: the centred square at the training size.
+
+    Of a clip the first frames, at most `max_frames` and a multiple of `chunk_frames`.
+
+    Raises:
+        MediaError: it cannot be used.
+    """
+    square = ResizeConfig(rule="square", size=config.size)
+    data = sample.media.read()
+    if sample.kind == "image":
+        return resize_picture(decode_picture(data), square, factor=1)
+    return decode_clip(
+        data,
+        frame_rate=config.clip_frame_rate,
+        max_frames=min(max_frames, config.clip_max_frames),
+        multiple=chunk_frames,
+        resize=lambda frame_HWC: resize_picture(frame_HWC, square, factor=1),
+    ).frames_THWC
+
+
 def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
     """The batch of its parts, as the tokenizer takes it; the few frames that another device decoded are moved."""
     frames = [frame for part in parts for frame in part.result()]
@@ -215,7 +223,8 @@ def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
 
 
 @contextlib.contextmanager
-def _shown(label: str, total: int, unit: str) -> Iterator:
+def shown(label: str, total: int, unit: str) -> Iterator:
+    """A progress bar, of what takes long."""
     if total < SHOWN_FROM:
         yield lambda count: None
     else:

@@ -4,7 +4,7 @@ Every tokenizer sees the same pictures and clips at the same sizes: ours, BAAI's
 that published models stand beside ours, and beside them bicubic reduction by the same factor and JPEG at the bits of
 the codes. A table, report.json and a grid of pictures for each size go to the output folder.
 
-What a training evaluates on the way is here too (`reconstruct`, `metrics`, `save_grid`).
+What a training evaluates on the way is in validation.py.
 Shapes: B samples, T frames, C colour channels, H W pixels, K codes.
 """
 
@@ -18,9 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
-from torch import Tensor
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
@@ -29,82 +27,10 @@ from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, de
 from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
 from megatron_ext.runtime.device import PRECISIONS, choose_device, set_threads
-from megatron_ext.vision import MoVQGAN, from_uint8, to_uint8
-from tokenizer_train.vision.codebook import perplexity
 from tokenizer_train.vision.codecs import Bicubic, Codec, Jpeg, TokenizerCodec
-from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.perceptual import EfficientNetLite0, efficientnet_lite0, lpips_vgg16
-from tokenizer_train.vision.quality import FeatureStatistics, psnr
+from tokenizer_train.vision.quality import FeatureStatistics
 from tokenizer_train.vision.scores import Networks, Scores, save_comparison, score_table
-
-GRID_COLUMNS = 16
-LINE = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """A picture [1, H, W, C] or a clip [T, H, W, C], and what the tokenizer makes of it, uint8."""
-
-    original: np.ndarray
-    decoded: np.ndarray
-    codes: Tensor
-    is_clip: bool
-
-    @property
-    def psnr(self) -> float:
-        """Peak signal-to-noise ratio in decibels, of the 8-bit values."""
-        return psnr(self.original, self.decoded)
-
-
-@torch.no_grad()
-def reconstruct(model: MoVQGAN, media: TrainingMedia, limit: int) -> list[Reconstruction]:
-    """At most `limit` pictures and `limit` clips through the tokenizer in evaluation mode, in fp32, as in use."""
-    was_training = {module: module.training for module in model.modules()}
-    model.eval()
-    device = next(model.parameters()).device
-    found = []
-    for sample in (*media.pictures[:limit], *media.clips[:limit]):
-        original = media.whole(sample)
-        if original is None:
-            continue
-        pixels = from_uint8(original)[None].to(device)
-        is_clip = sample.kind == "video"
-        codes = model.encode_chunks(pixels) if is_clip else model.encode(pixels)
-        decoded = to_uint8(model.decode_chunks(codes) if is_clip else model.decode(codes))
-        if not is_clip:
-            original, decoded = original[None], decoded[None]
-        found.append(Reconstruction(original=original, decoded=decoded[0], codes=codes.cpu(), is_clip=is_clip))
-    for module, mode in was_training.items():
-        module.training = mode
-    return found
-
-
-def metrics(reconstructions: list[Reconstruction], codebook_size: int) -> dict[str, float]:
-    """`valid_*` numbers of a metrics line: mean PSNR of pictures and of clips, codes in use, perplexity."""
-    result = {}
-    for name, clips in (("valid_psnr", False), ("valid_psnr_clips", True)):
-        values = [item.psnr for item in reconstructions if item.is_clip == clips]
-        if values:
-            result[name] = float(np.mean(values))
-    codes = torch.cat([item.codes.flatten() for item in reconstructions])
-    counts_K = torch.bincount(codes, minlength=codebook_size)
-    return result | {"valid_codes_used": int((counts_K > 0).sum()), "valid_perplexity": perplexity(counts_K)}
-
-
-def save_grid(reconstructions: list[Reconstruction], path: Path) -> None:
-    """A PNG of rows of originals, each with the row of their reconstructions below; clips give all their frames."""
-    pairs = [pair for item in reconstructions for pair in zip(item.original, item.decoded, strict=True)]
-    height, width = pairs[0][0].shape[:2]
-    columns = min(GRID_COLUMNS, len(pairs))
-    rows = -(-len(pairs) // columns)
-    grid = np.full((rows * (2 * height + LINE), columns * width, 3), 255, np.uint8)
-    for index, pair in enumerate(pairs):
-        row, column = divmod(index, columns)
-        for half, picture in enumerate(pair):
-            top = row * (2 * height + LINE) + half * height
-            grid[top : top + height, column * width : (column + 1) * width] = picture
-    with replacing(path) as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,6 @@ from megatron_ext.observe import Run
 from megatron_ext.runtime import Topology
 from megatron_ext.runtime.device import peak_memory_bytes, synchronize
 from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
-from tokenizer_train.vision import evaluate
 from tokenizer_train.vision.changes import changes
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -30,6 +29,7 @@ from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
 from tokenizer_train.vision.start import initial_tokenizer, saved_shape
 from tokenizer_train.vision.step import TrainStep
+from tokenizer_train.vision.validation import Validation, save_grid
 
 STATE_FILE = "state.pt"
 GRID_FILE = "reconstruction.png"
@@ -109,6 +109,7 @@ class Trainer:
         # After the train step, which may give all ranks the weights of one.
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
         self.state = TokenizerState(model=model, optimizer=optimizer, average=average, train_step=train_step)
+        topology.from_main(self._prepare_validation)
         topology.from_main(lambda: check_room(root, self._checkpoint_bytes(), config.checkpoint.keep))
 
     def resume(self) -> None:
@@ -148,18 +149,17 @@ class Trainer:
         return reason if state.step < train.train_steps else None
 
     def evaluate(self) -> None:
-        """Log PSNR and use of the codebook on the training media, and draw reconstructions. Rank 0 does it alone."""
+        """Log how well media are reconstructed, and draw some. Rank 0 does it alone."""
         if not self.topology.is_main:
             return
         started = time.perf_counter()
         with self.released_weights():
-            found = evaluate.reconstruct(self.state.model, self.media, self.config.train.eval_samples)
-        if found:
-            evaluate.save_grid(found, self.run.folder / GRID_FILE)
+            found, grid = self._validation.judge(self.state.model)
+        if grid:
+            save_grid(grid, self.run.folder / GRID_FILE)
             self.run.log_picture("reconstruction", self.run.folder / GRID_FILE, step=self.state.step)
-            found_metrics = evaluate.metrics(found, self.config.model.codebook_size)
             timing = {"eval_seconds": time.perf_counter() - started}
-            self.run.log_metrics({"step": self.state.step} | found_metrics | {"timing": timing})
+            self.run.log_metrics({"step": self.state.step} | found | {"timing": timing})
 
     def save(self) -> None:
         """A checkpoint of all that a resume needs, which is a folder of the tokenizer as well.
@@ -204,6 +204,12 @@ class Trainer:
                 with writing(folder, "observe.run_dir"):
                     save_vision_tokenizer(self.state.model, folder)
         return identity
+
+    def _prepare_validation(self) -> None:
+        def say(line: str) -> None:
+            self.run.console.print(line, markup=False, soft_wrap=True)
+
+        self._validation = Validation(self.config, self.media, self.state.train_step.distances, say)
 
     def _train_step(self) -> None:
         """One optimizer step and its line in the log."""

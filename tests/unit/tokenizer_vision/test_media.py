@@ -118,7 +118,7 @@ def test_every_epoch_has_every_picture_once(folder, opened):
 def test_a_whole_picture_is_seen_as_it_is_tokenized(opened):
     media = opened(replace(MIXED, clip_share=0.0, augmented_share=0.0, aspect_ratios=[1.0], batch_size=32, size=64))
     (batch,) = [media.batch(1)]
-    expected = [media.whole(sample) for sample in list_samples([f"{MEDIA}/images"])]
+    expected = [media.whole(sample, 120) for sample in list_samples([f"{MEDIA}/images"])]
     for picture in batch:
         levels = ((picture.movedim(0, -1) + 1) * 127.5).round().numpy()
         # Measured: 1 in 2,000 values off by one level: the two filters round their weights differently.
@@ -148,7 +148,7 @@ def test_pictures_damaged_behind_their_header_are_replaced_by_the_next(folder, o
     config = MediaConfig(inputs=[str(folder)], size=8, batch_size=5, augmented_share=0, max_bad_fraction=1.0)
     media = opened(config)
     assert sorted(numbers_in(media.batch(1))) == [0, 2, 2, 4, 4]
-    assert media.whole(list_samples([folder])[1]) is None, "met again it is not counted again"
+    assert media.whole(list_samples([folder])[1], 120) is None, "met again it is not counted again"
     assert sorted(source for source, _ in media.bad.samples) == [str(folder / "1.png"), str(folder / "3.png")]
     with pytest.raises(InputError, match=r"of 5 samples cannot be used"):
         opened(replace(config, max_bad_fraction=0.2)).batch(1)
