@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import torch
 
-from megatron_ext.runtime.parent import end_with_parent
+from megatron_ext.processes import end_with_parent
 
 
 class WriteError(OSError):

@@ -20,7 +20,7 @@ from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.shingles import text_signatures
 from megatron_ext.data.sources import MediaSample, parse_sample
 from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
-from megatron_ext.runtime.parent import end_with_parent
+from megatron_ext.processes import end_with_parent
 from megatron_ext.vocab import Vocabulary
 
 TRAIN, VALID = "train", "valid"

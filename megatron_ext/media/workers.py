@@ -1,8 +1,9 @@
 """A function applied to many items by other processes, results in the items' order.
 
-Each process has a pipe of its own to its parent and ends when the parent does, killed or not: nothing is left behind,
-in memory neither (a shared segment would outlive its owner). A process that dies is replaced and its item tried again;
-so one file that crashes a decoder costs that file, and is known by name; likewise one over which a decoder hangs.
+Each process has a pipe of its own to its parent and ends when the parent does, killed or not, and in the midst of an
+item: nothing is left behind, in memory neither (a shared segment would outlive its owner). A process that dies is
+replaced and its item tried again; so one file that crashes a decoder costs that file, and is known by name; likewise
+one over which a decoder hangs.
 """
 
 import collections
@@ -20,6 +21,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from megatron_ext.media.errors import MediaError
+from megatron_ext.processes import end_with_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -36,7 +38,7 @@ class WorkerPool(Generic[Item, Result]):
 
     def __init__(self, function: Callable[[Item], Result], count: int, *, timeout_s: float = 0.0) -> None:
         """`count` processes start at once; with 0 the function is applied in this one. An item over which a process
-        takes longer than `timeout_s` is given up; 0 waits for ever.
+        takes longer than `timeout_s` is given up; 0 waits for ever. The start of a process is not counted.
 
         `function` must be picklable, and defined in a module: a process does not import the program that is run.
         """
@@ -48,7 +50,8 @@ class WorkerPool(Generic[Item, Result]):
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._is_open = True
         self._threads = ThreadPoolExecutor(max(count, 1))
-        self._workers = [_Worker(function) for _ in range(count)]
+        # The kernel ends a process with the thread that started it: these live until `__exit__`, the caller's may not.
+        self._workers = list(self._threads.map(_Worker, [function] * count))
         for worker in self._workers:
             self._idle.put(worker)
 
@@ -124,6 +127,8 @@ class _Worker:
             EOFError, OSError, pickle.UnpicklingError: the process is gone.
             RuntimeError: the function raised something else.
         """
+        if not self._is_ready:
+            self._is_ready = pickle.load(self._process.stdout)  # however long its imports take: no item is to blame
         _send(item, self._process.stdin)
         if timeout_s and not self._results.poll(1000 * timeout_s):
             raise TimeoutError
@@ -152,25 +157,30 @@ class _Worker:
     def _start(self) -> None:
         # A plain child: multiprocessing would import the whole program in each, or fork it with all its threads.
         self._process = subprocess.Popen(
-            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            [sys.executable, "-c", f"from {__name__} import serve; serve({os.getpid()})"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
         )
+        self._is_ready = False
         self._results = select.poll()
         self._results.register(self._process.stdout, select.POLLIN)
         with contextlib.suppress(OSError):  # it is gone already: `apply` will see it
             _send(self._function, self._process.stdin)
 
 
-def serve() -> None:
-    """What a process does: read a function, then items, until the pipe ends; write each result."""
+def serve(parent: int) -> None:
+    """What a process of process `parent` does: read a function, say so, then read items, until the pipe ends; write
+    each result.
+    """
+    end_with_parent(parent)  # while it hangs over an item it does not come to see the pipe's end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's Ctrl-C: it decides what becomes of its workers
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints must not get among the results
     items = sys.stdin.buffer
     with contextlib.suppress(EOFError, BrokenPipeError):
         function = pickle.load(items)
+        _send(True, results)
         while True:
             _send(_outcome(function, pickle.load(items)), results)
     os._exit(0)  # at once: nobody waits for the end of the interpreter, and a closed pipe has nothing to flush

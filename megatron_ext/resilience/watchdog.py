@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_ext.config import InputError
 from megatron_ext.config.resilience import ResilienceConfig
@@ -29,6 +30,16 @@ STEPS_FOR_A_MEDIAN = 8
 MEDIAN_OF = 64
 
 
+class _Watched(NamedTuple):
+    """What the main thread does. One object: the limit of one activity is never held against the age of another."""
+
+    activity: str
+    since: float
+    """By time.monotonic()."""
+    limit: float
+    """Seconds."""
+
+
 class Watchdog:
     """Ends the process when `alive` is not called in time."""
 
@@ -38,9 +49,7 @@ class Watchdog:
         self._folder = folder
         self._rank = rank
         self._tell = tell
-        self._activity = "the start"
-        self._since = time.monotonic()
-        self._limit = section.hang_timeout_s
+        self._watched = _Watched("the start", time.monotonic(), section.hang_timeout_s)
         self._steps: deque[float] = deque(maxlen=MEDIAN_OF)
         self._closed = threading.Event()
 
@@ -48,7 +57,7 @@ class Watchdog:
     def watching(self) -> Iterator[None]:
         """Watch while open; with hang_timeout_s 0 nothing is watched."""
         thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self._since = time.monotonic()
+        self._watched = self._watched._replace(since=time.monotonic())
         if self._section.hang_timeout_s:
             thread.start()
         try:
@@ -67,25 +76,26 @@ class Watchdog:
         """The main thread begins `activity`, which may take `more_s` longer than hang_timeout_s. Only steps have a
         limit of their own, from the steps before."""
         now = time.monotonic()
-        if self._activity.startswith("step"):
-            self._steps.append(now - self._since)
+        if self._watched.activity.startswith("step"):
+            self._steps.append(now - self._watched.since)
         limit, factor = self._section.hang_timeout_s + more_s, self._section.slow_step_factor
         if is_step and factor is not None and len(self._steps) >= STEPS_FOR_A_MEDIAN:
             limit = min(limit, factor * self.step_seconds)
-        self._activity, self._since, self._limit = activity, now, limit
+        self._watched = _Watched(activity, now, limit)
 
     def _watch(self) -> None:
         while not self._closed.wait(min(1.0, self._section.hang_timeout_s / 10)):
-            seconds = time.monotonic() - self._since
-            if seconds > self._limit:
-                self._end(self._activity, seconds)
+            now = time.monotonic()  # first: what is watched after it was watched at it, or has only begun
+            activity, since, limit = self._watched
+            if now - since > limit:
+                self._end(activity, now - since, limit)
 
-    def _end(self, activity: str, seconds: float) -> None:
+    def _end(self, activity: str, seconds: float, limit: float) -> None:
         # First of all: what is written here may go to the very disk that hangs.
         threading.Thread(target=self._exit_after, args=(2 * GRACE_S,), daemon=True).start()
         path = self._folder / f"rank_{self._rank:05d}.txt"
         print(
-            f"rank {self._rank}: {activity} has taken {seconds:.0f} s, more than {self._limit:.0f} s: ending with exit "
+            f"rank {self._rank}: {activity} has taken {seconds:.0f} s, more than {limit:.0f} s: ending with exit "
             f"code {EXIT_CODE}; stacks of all threads here and in {path}",
             file=sys.stderr, flush=True,
         )  # fmt: skip

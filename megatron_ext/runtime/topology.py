@@ -18,6 +18,7 @@ from megatron_ext.config.errors import InputError
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import layout_fault
+from megatron_ext.processes import stop_with_launcher
 from megatron_ext.runtime.cpu import adapt_to_cpu, check_version
 from megatron_ext.runtime.device import (
     PRECISIONS,
@@ -28,7 +29,6 @@ from megatron_ext.runtime.device import (
     set_threads,
 )
 from megatron_ext.runtime.meeting import meet
-from megatron_ext.runtime.parent import stop_with_launcher
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,8 @@ def test_every_kill_was_one(soak):
     assert [(record["target"], record["moment"]) for record in records] == list(SHORT)
     assert all(record["reached"] and record["unusable"] == [] for record in records)
     *_, everything, torchrun, terminate = records
-    assert everything["state"] in ("renamed, `latest` not moved", "no save in progress"), "the second: it was quicker"
+    # How far a save comes from its rename on before the signal does.
+    assert everything["state"] in ("renamed, `latest` not moved", "old one half removed", "no save in progress")
     assert torchrun["after"] == "started again at once"
     assert terminate["after"] == f"saved step {terminate['latest']} and ended"
     assert "6 kills" in table(read_log(soak.log)) and soak.next_kills() == []

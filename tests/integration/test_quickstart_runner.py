@@ -127,7 +127,7 @@ def test_an_interrupted_stage_saves_and_goes_on(tmp_path):
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", runner], env=environment)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "running").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)

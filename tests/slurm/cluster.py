@@ -44,7 +44,7 @@ OverTimeLimit=30
 # More CPUs than this machine may have.
 SlurmdParameters=config_overrides
 ReturnToService=2
-KillWait=20
+KillWait=60
 SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=1
 SelectType=select/cons_tres

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import yaml
 
+from megatron_ext.job.history import saved_step
 from tests.slurm.cluster import Cluster, environment_of, wait_until
 from tests.support.small_run import write_small_run
 
@@ -60,8 +61,9 @@ class Runs:
             cwd=ROOT, env=self.environment | environment, input=typed, capture_output=True, text=True, timeout=90,
         )  # fmt: skip
 
-    def hold(self, name: str, *, ranks: int = 4) -> int:
-        """Let the ranks of a run stand still after one more checkpoint, and a step; returns the last step done.
+    def hold(self, name: str, *, ranks: int = 4) -> tuple[int, int]:
+        """Let the ranks of a run stand still after one more checkpoint was begun, and a step; returns (the last step
+        saved, the last step done).
 
         Slurm's signals then meet the run in the middle of its work, however fast the machine is.
         """
@@ -71,7 +73,7 @@ class Runs:
         assert len(processes) == ranks, processes
         send(signal.SIGSTOP, processes)
         self._held[name] = len(self.metrics(name))
-        return self._held[name]
+        return saved_step(self.folder / name), self._held[name]
 
     def go_on(self, name: str) -> None:
         """End `hold`."""
@@ -79,13 +81,14 @@ class Runs:
 
     def ranks(self, name: str) -> list[psutil.Process]:
         """The processes that train."""
-        found = []
-        for process in psutil.process_iter(["cmdline", "status"]):
+        found = {}
+        for process in psutil.process_iter(["cmdline", "ppid", "status"]):
             command = process.info["cmdline"] or []
             if "pretrain_emu3.py" in command and str(self.folder / name) in command:
                 if "RANK" in environment_of(process) and process.info["status"] != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+                    found[process.pid] = process
+        # A rank that saves has forked a writer: alike in all that is looked at, but for its parent.
+        return [process for process in found.values() if process.info["ppid"] not in found]
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """Lines of metrics.jsonl without `timing`."""

@@ -12,7 +12,7 @@ from PIL import Image
 
 from megatron_ext.job.preflight import code_digest
 from tests.slurm.cluster import kill_all, wait_until
-from tests.slurm.runs import ROOT, SAVE_INTERVAL, STEPS, Runs
+from tests.slurm.runs import ROOT, STEPS, Runs
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -45,57 +45,63 @@ def test_one_rank_for_each_gpu_of_each_node(runs, undisturbed):
     assert starts(runs, "undisturbed") == [(0, 0)] and ends(runs, "undisturbed") == [("finished", "over")]
 
 
+def where_it_stopped(runs: Runs, name: str) -> tuple[int, int]:
+    """The step that a run which was told to stop has saved: the next start goes on from there, no other."""
+    step = runs.events(name, "stop")[-1]["step"]
+    return step, step
+
+
 def a_rank_dies(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """torchrun begins again, on the same nodes, in the same job."""
-    held = runs.hold(name)
+    bounds = runs.hold(name)
     kill_all(runs.ranks(name)[-1:])
     runs.go_on(name)
     wait_until(lambda: len(runs.resumed(name)) == 2, "torchrun does not begin again", 120)
-    return held - SAVE_INTERVAL, held
+    return bounds
 
 
 def its_time_is_over(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """The job is told, saves, and asks to be started again."""
-    held = runs.hold(name)
+    runs.hold(name)
     hours, minutes, _ = runs.cluster.job(job)["RunTime"].split(":")
     runs.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={60 * int(hours) + int(minutes) + 1}")
     wait_until((runs.folder / name / "stop").exists, "Slurm does not tell of the time limit", 120)
     runs.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # the next start may take its time
     runs.go_on(name)
     wait_until(lambda: ends(runs, name)[-1:] == [("time limit", "again")], "the run does not stop")
-    return held, held + 1
+    return where_it_stopped(runs, name)
 
 
 def it_is_preempted(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """Slurm wakes and ends the steps, and gives them a minute; the run saves and makes room within it."""
-    held = runs.hold(name)
+    runs.hold(name)
     urgent = runs.cluster.run(
         "sbatch", "--parsable", "-N2", "--exclusive", "--partition=urgent", "--output=/dev/null", "--wrap", "sleep 1"
     )
     runs.cluster.wait_for(urgent, "COMPLETED")
     assert ends(runs, name)[-1] == ("preemption", "again")
     assert runs.events(name, "stop")[-1]["reason"] == "SIGTERM"
-    return held, held + 1
+    return where_it_stopped(runs, name)
 
 
 def it_loses_a_node(node: str, runs: Runs, name: str, job: str) -> tuple[int, int]:
     """n1 takes the script and the rendezvous with it; without n2 torchrun waits for it. Slurm requeues the job."""
-    held = runs.hold(name)
+    bounds = runs.hold(name)
     runs.cluster.kill_node(node)
     wait_until(lambda: runs.cluster.job(job)["JobState"] != "RUNNING", "Slurm does not notice", 120)
     runs.cluster.start_node(node)
-    return held - SAVE_INTERVAL, held
+    return bounds
 
 
 def a_user_cancels_it(runs: Runs, name: str, job: str) -> tuple[int, int]:
     """The run saves, and stays where it is until somebody submits it again."""
-    held = runs.hold(name)
+    runs.hold(name)
     runs.cluster.run("scancel", job)
     runs.cluster.wait_for(job, "CANCELLED")
     assert ends(runs, name)[-1] == ("ended by Slurm", "over")
     time.sleep(10)  # as long as a requeued job needs to come back
     assert runs.cluster.job(job)["JobState"] == "CANCELLED"
-    return held, held + 1
+    return where_it_stopped(runs, name)
 
 
 LIVES = {

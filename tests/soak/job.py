@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.support.processes import is_running
+
 ROOT = Path(__file__).parents[2]
 RANKS = 2
 RESTARTS = 3
@@ -59,11 +61,12 @@ class Job:
 
 
 def children_of(pid: int) -> list[int]:
-    """Quickly, in the middle of a save."""
+    """The running ones of its main thread: quickly, in the middle of a save."""
     try:
-        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+        children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     except OSError:  # it has ended
         return []
+    return [child for child in children if is_running(child)]  # a signal reaches a zombie, and does nothing
 
 
 def writers_of(ranks: Iterable[int]) -> list[int]:

@@ -88,7 +88,7 @@ def test_kill_ends_even_a_stopped_one(tmp_path):
     os.kill(writer.pid, signal.SIGSTOP)
     assert not writer.finished()
     writer.kill()
-    assert writer.finished()
+    wait(writer)
 
 
 def test_the_signal_that_asks_for_a_last_checkpoint_does_not_end_it(tmp_path):

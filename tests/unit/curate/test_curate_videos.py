@@ -29,6 +29,7 @@ from megatron_ext.curate.video import Video, upright
 from megatron_ext.curate.video_filters import Looked, VideoFiltersConfig, judge_aesthetics
 from megatron_ext.media import Sample, list_samples
 from megatron_ext.media.samples import Extent
+from tests.support.processes import children_of, command_of, is_running
 from tests.support.small_clip import SIDE, head_weights, plain_scores, save_clip
 from tests.unit.curate.films import CLIPS, extent_of, film, shot
 from tools import curate_videos
@@ -262,13 +263,6 @@ def test_shards_make_what_one_process_makes(several, tmp_path, capsys, monkeypat
         curate_videos.main([*options, f"--output={output}", "--overwrite=true"])
 
 
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(several, tmp_path):
     options, undisturbed = several
     output = tmp_path / "out"
@@ -280,10 +274,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(several, tmp_path):
     def wait_for(parts: int) -> list[int]:
         """The workers, once that many parts are done."""
         while True:
-            # A thread of the program's starts the one that takes another's place, when it has work for it.
-            tasks = Path(f"/proc/{process.pid}/task").glob("*/children")
-            children = [pid for task in tasks for pid in task.read_text().split()]
-            serving = [int(pid) for pid in children if b"serve()" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            serving = [pid for pid in children_of(process.pid) if "serve(" in command_of(pid)]
             if len(list((output / "parts").glob("part-*.parquet"))) >= parts and serving:
                 return serving
             assert process.poll() is None, (tmp_path / "stderr").read_text()

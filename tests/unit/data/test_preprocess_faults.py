@@ -16,6 +16,7 @@ import pytest
 from megatron_ext.config import BadSamples, InputError, run_program
 from megatron_ext.data import preprocess
 from megatron_ext.data.encoder import Encoder
+from tests.support.processes import children_of, is_running
 from tests.unit.data.samples import write_tokenized_folder
 from tests.unit.data.test_programs import arguments, decoded
 from tools import merge_datasets, preprocess_data
@@ -154,13 +155,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(texts, tmp_path):
     merge_datasets.main(merge)
 
 
-def children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
-        return []
-
-
 def wait_for(condition, seconds: float = 30):
     """What `condition` gives, once it gives something."""
     end = time.monotonic() + seconds
@@ -188,14 +182,7 @@ def begin(arguments_: list[str]) -> tuple[int, list[int]]:
         except InputError as error:
             os._exit(9 if "workers = 2: a worker process was killed" in str(error) else 1)
         os._exit(0)
-    return child, wait_for(lambda: len(found := children(child)) == 2 and found)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    return child, wait_for(lambda: len(found := children_of(child)) == 2 and found)
 
 
 @pytest.mark.parametrize("victim", ["a worker", "the program"])
@@ -204,7 +191,7 @@ def test_killed_processes(texts, tmp_path, victim):
     os.kill(workers[0] if victim == "a worker" else child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code == (9 if victim == "a worker" else -signal.SIGKILL)
-    wait_for(lambda: all(map(is_gone, workers)))
+    wait_for(lambda: not any(map(is_running, workers)))
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert left == ([] if victim == "a worker" else ["set_train.bin.partial"])
     preprocess_data.main(only_texts(texts))

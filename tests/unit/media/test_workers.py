@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from megatron_ext.media import MediaError
 from megatron_ext.media.workers import ATTEMPTS, WorkerPool
+from tests.support.processes import is_running
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,72 @@ def test_what_a_process_hangs_over_is_given_up(tmp_path):
         assert isinstance(second, MediaError) and str(second) == "a process was not done with it after 3 s"
         (gone,) = before - set(pool.process_ids)
         assert not Path(f"/proc/{gone}").exists()
+
+
+class LoadedSlowly:
+    """Takes a process longer to load than its items may take, as imports from a busy file system do."""
+
+    def __reduce__(self):
+        return _loaded_slowly, ()
+
+    def __call__(self, number: int) -> int:
+        return number
+
+
+def _loaded_slowly() -> LoadedSlowly:
+    time.sleep(3)
+    return LoadedSlowly()
+
+
+def test_the_start_of_a_process_is_no_item_s_time():
+    with WorkerPool(LoadedSlowly(), 2, timeout_s=2.0) as pool:
+        assert list(pool.map([1, 2, 3])) == [1, 2, 3]
+
+
+def hang(file: Path) -> None:
+    """Say in `file` which process hangs; where it is named `again` this kills the first process, and the next hangs."""
+    if file.name == "again" and not file.exists():
+        file.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    file.write_text(f"{os.getpid()} ")
+    time.sleep(600)
+
+
+def test_a_process_that_hangs_ends_with_its_program(tmp_path):
+    """One that was started with the pool, and one that took another's place."""
+    files = [tmp_path / "once", tmp_path / "again"]
+    program = os.fork()
+    if not program:
+        with WorkerPool(hang, 2) as pool:
+            list(pool.map(files))
+        os._exit(0)
+    deadline = time.monotonic() + 60
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    hanging = [int(file.read_text()) for file in files]
+    assert all(map(is_running, hanging))
+    os.kill(program, signal.SIGKILL)
+    os.waitpid(program, 0)
+    deadline = time.monotonic() + 20
+    while any(map(is_running, hanging)):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.02)
+
+
+def test_processes_outlive_the_thread_that_made_their_pool(tmp_path):
+    """The kernel's word of a parent's end is that of its thread."""
+
+    def used() -> WorkerPool:
+        pool = WorkerPool(Square(tmp_path), 1)
+        assert [square for square, _ in pool.map([2])] == [4]
+        return pool
+
+    with ThreadPoolExecutor(1) as threads:
+        pool = threads.submit(used).result()
+    with pool:
+        (process,) = pool.process_ids
+        assert list(pool.map([3])) == [(9, process)]
 
 
 def test_a_bug_is_no_unusable_item(tmp_path):

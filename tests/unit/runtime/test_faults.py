@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,9 +21,11 @@ def server() -> TCPStore:
 
 def elect(server: TCPStore, name: str, arrivals: dict[int, float]) -> list[int]:
     """The ranks that speak, when they come with these delays in seconds."""
+    connected = threading.Barrier(len(arrivals), timeout=60)
 
     def rank_comes(rank: int, delay: float) -> bool:
         store = PrefixStore(name, TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False))
+        connected.wait()
         time.sleep(delay)
         return faults._wins(store, rank)
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from PIL import Image
 from megatron_ext.config import InputError
 from megatron_ext.media import workers
 from tests.architecture.source import ROOT
+from tests.support.processes import children_of, is_running
 from tests.unit.vision.hanging import HangingDecoder
 from tests.unit.vision.tokenized import contents, skipped, tree
 from tools import tokenize_vision
@@ -118,8 +118,7 @@ def test_a_killed_program_leaves_no_worker(arguments, tmp_path):
     if child == 0:
 
         def first_result(*_, **__):
-            pids = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-            listed.write_text(" ".join(map(str, pids)))
+            listed.write_text(" ".join(map(str, children_of(os.getpid()))))
             os.kill(os.getpid(), signal.SIGKILL)
 
         tokenize_vision.tokenize = first_result
@@ -128,21 +127,14 @@ def test_a_killed_program_leaves_no_worker(arguments, tmp_path):
         finally:
             os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    pids = listed.read_text().split()
+    pids = [int(pid) for pid in listed.read_text().split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 10
-    while any(is_running(pid) for pid in pids):
+    while any(map(is_running, pids)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     tokenize_vision.main([*arguments, "--decode_workers=2"])
     assert tree(tmp_path / "codes") == tree(tmp_path / "whole")
-
-
-def is_running(pid: str) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_killed_workers_change_nothing(arguments, tmp_path, monkeypatch):

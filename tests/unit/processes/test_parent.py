@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_ext.runtime.parent import end_with_parent
+from megatron_ext.processes import end_with_parent
 
 
 @pytest.mark.parametrize("parent_dies", ["after the call", "before the call"])

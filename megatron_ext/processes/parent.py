@@ -1,4 +1,4 @@
-"""Processes that do not live on when the one that started them is gone, killed or not."""
+"""A process ends with its parent, killed or not: it asks the kernel for a signal."""
 
 import ctypes
 import os
