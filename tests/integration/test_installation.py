@@ -5,10 +5,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.plan.question import Question
 from tests.architecture.source import ROOT
 
 
@@ -71,6 +73,10 @@ def test_console_scripts_answer(installed, tmp_path):
     answers = dict(answer.split("\n", 1) for answer in done.stdout.split("PROGRAM ")[1:])
     assert answers.keys() == scripts.keys()
     assert all("--help" in answer for answer in answers.values())
+    # Options that are taken from the command line before the configuration is read.
+    other = {"emu3-pretrain": [field.name for field in fields(Question)], "emu3-preprocess-data": ["plan --help"]}
+    for name, options in other.items():
+        assert all(f"--{option}" in " ".join(answers[name].split()) for option in options), name
 
 
 def test_the_extension_and_the_template_are_in_the_wheel(installed):
