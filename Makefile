@@ -1,5 +1,7 @@
-# Every target makes its own environment: .venv, from one of the two locks. PYTHON picks the interpreter (3.11 or 3.12).
+# Every target makes its own environment: .venv, from one of the two locks. PYTHON picks the interpreter (3.11 or 3.12),
+# ACCELERATOR the lock: cpu, cuda, or auto, which looks for a GPU on this machine.
 PYTHON ?= python3
+ACCELERATOR ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
@@ -42,5 +44,5 @@ clean: ## remove the environment and build outputs; runs/ stays
 	find megatron_ext tokenizer_train tools tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py megatron_ext/data/_packing.cpp constraints-cpu.txt constraints-cuda.txt .ci/install
-	.ci/install "$(PYTHON)" "$(VENV)"
+	.ci/install "$(PYTHON)" "$(VENV)" "$(ACCELERATOR)"
 	@touch $@

@@ -1,4 +1,4 @@
-"""Captions from a model behind OpenAI's chat protocol: folders or WebDataset tars in, JSON lines out.
+"""Captions from a model behind OpenAI's chat protocol: folders, tars or manifests of media in, JSON lines out.
 
 Every answer is on disk the moment it is there. Started again, the program asks only about what has no answer yet.
 """
@@ -23,7 +23,7 @@ from megatron_ext.observe.progress import progress
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionConfig(ShardConfig):
-    """Caption pictures and clips: folders or WebDataset tars in, JSON lines out."""
+    """Caption pictures and clips: folders, WebDataset tars or manifests in, JSON lines out."""
 
     inputs: list[str]
     """Folders of media files, WebDataset tars, manifests, single files, and patterns of these."""

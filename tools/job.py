@@ -1,7 +1,7 @@
 """A run as a job in a queue, for the scripts in slurm/: is it fit to wait, it starts, it has ended.
 
 python tools/job.py check --queue "-N 16 --gpus-per-node 8" --config FILE [--section.field VALUE ...]
-python pretrain_emu3.py --config FILE --print_config | python tools/job.py begin --job.number 12 ...
+python pretrain_emu3.py --config FILE --print_config | python tools/job.py begin --job 12 --nodes NAMES
 python pretrain_emu3.py --config FILE --print_config | python tools/job.py end --exit_code 1 ...
 
 `begin` prints the run's folder. `end` ends with 0 where the job is over, with 75 where it goes back into the queue, and

@@ -17,8 +17,11 @@ from megatron_ext.config.vocab import VocabConfig
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens. With --dry_run and
-    --world_size N, print what the run needs and takes instead (docs/planning.md); with --suggest, layouts that fit."""
+    """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens.
+
+    With --dry_run and --world_size N, print what the run needs and takes instead (docs/planning.md); with --suggest,
+    layouts that fit. Both take --tokens (to train on, instead of the configuration's steps), --mfu 0.4, and of a GPU
+    --memory_gib 80 and --peak_tflops 989.4."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision and process limits."""

@@ -12,7 +12,9 @@ from megatron_ext.media.texts import TextUnit
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessConfig(ShardConfig):
-    """Write indexed datasets of documents from tokenized media, captions, rows and text files."""
+    """Write indexed datasets of documents from tokenized media, captions, rows and text files.
+
+    With --plan, print how many tasks, hours and terabytes a corpus takes instead (--plan --help)."""
 
     vocab: VocabConfig = field(default_factory=VocabConfig)
     """Which ids mean what."""

@@ -162,7 +162,10 @@ def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress
     """
     paths = [(number, path) for number, pattern in enumerate(inputs) for path in expand(pattern)]
     for manifest in (path for _, path in paths if layout_of(path) == "manifest"):
-        raise InputError(f"input {str(manifest)!r} is a manifest: name the folders and tars that its rows are in")
+        raise InputError(
+            f"input {str(manifest)!r} is a manifest, and an index has folders and tars alone: for curated pictures "
+            "give the tars that curate_images.py --kept tars writes (OUTPUT/kept/*.tar), for clips OUTPUT/clips/*.tar"
+        )
     caches = {
         path: Path(index_dir) / f"{hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]}.npz"
         for _, path in paths

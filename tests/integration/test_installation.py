@@ -5,10 +5,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from megatron_ext.plan.question import Question
 from tests.architecture.source import ROOT
 
 
@@ -71,9 +73,33 @@ def test_console_scripts_answer(installed, tmp_path):
     answers = dict(answer.split("\n", 1) for answer in done.stdout.split("PROGRAM ")[1:])
     assert answers.keys() == scripts.keys()
     assert all("--help" in answer for answer in answers.values())
+    # Options that are taken from the command line before the configuration is read.
+    other = {"emu3-pretrain": [field.name for field in fields(Question)], "emu3-preprocess-data": ["plan --help"]}
+    for name, options in other.items():
+        assert all(f"--{option}" in " ".join(answers[name].split()) for option in options), name
 
 
 def test_the_extension_and_the_template_are_in_the_wheel(installed):
     assert list(installed.glob("megatron_ext/data/_packing*.so"))
     assert (installed / "megatron_ext/observe/report.html.jinja").exists()
     assert not (installed / "tests").exists() and not (installed / "tools").exists()
+
+
+@pytest.mark.parametrize(("accelerator", "lock"), [("cuda", "constraints-cuda.txt"), ("cpu", "constraints-cpu.txt")])
+def test_the_environment_asked_for_is_made_on_any_machine(accelerator, lock, tmp_path):
+    """As on a login node, which has no GPU. Its pip ends at once: what matters is what it is asked for."""
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    pip.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
+    pip.chmod(0o755)
+    command = [str(ROOT / ".ci" / "install"), sys.executable, str(tmp_path), accelerator]
+    done = subprocess.run(command, capture_output=True, text=True)
+    torch = next(line for line in (ROOT / lock).read_text().splitlines() if line.startswith("torch=="))
+    assert done.returncode == 3 and done.stdout.splitlines()[-1].endswith(f"install --no-deps {torch}")
+
+
+def test_another_accelerator_is_refused(tmp_path):
+    command = [str(ROOT / ".ci" / "install"), sys.executable, str(tmp_path), "tpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: ACCELERATOR is 'tpu': give cpu, cuda or auto\n"
+    assert not list(tmp_path.iterdir())

@@ -14,8 +14,9 @@ import torch
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
 from tests.slurm.cluster import Cluster, environment_of, kill_all, wait_until
 from tests.slurm.runs import ROOT, send
+from tests.support.chat_server import MODEL, chat_server
 from tests.unit.data.samples import train_text_tokenizer
-from tools import curate_images, curate_videos, preprocess_data
+from tools import caption, curate_images, curate_videos, preprocess_data
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -30,6 +31,7 @@ class Place:
         """Write the tokenizers."""
         self.cluster = cluster
         self.folder = folder
+        self.caption_server = ""
         torch.manual_seed(0)
         save_vision_tokenizer(MoVQGAN(TOKENIZER).eval(), folder / "tokenizer")
         (folder / "text.model").write_bytes(train_text_tokenizer())
@@ -68,6 +70,10 @@ class Place:
                 "inputs": f"[{ROOT}/examples/media/clips]", "part_size": 1, "output": into, "workers": 1,
                 "encoding.preset": "ultrafast", "filters.min_shorter_edge": 64, "filters.min_clip_s": 0.5,
                 "filters.max_text": "null",
+            },
+            "caption": {
+                "inputs": f"[{ROOT}/examples/media/images]", "output": into, "server.base_url": self.caption_server,
+                "server.model": MODEL,
             },
             "preprocess_data": {
                 "text": f"[{ROOT}/examples/media/text/*.txt]", "output_prefix": into / "text", "vocab.layout": "custom",
@@ -175,3 +181,18 @@ def test_what_the_tasks_of_another_program_make(place, program):
     made, expected = (tree(place.folder / name / output) for output in ("array", "alone"))
     data = {file for file in expected if file.endswith((".parquet", ".jsonl", ".tar", ".bin", ".idx", ".npz"))}
     assert len(data) >= 3 and all(made[file] == expected[file] for file in data)
+
+
+def test_captions_of_the_tasks_are_those_of_one_process(place):
+    with chat_server(place.folder) as asked:
+        place.caption_server = asked.url
+        code, output, errors = place.submit("caption", "--array", "1-2")
+        assert code == 0, errors
+        array = re.fullmatch(r"array job (\d+)\n", output)[1]
+        for task in (1, 2):
+            state = place.cluster.wait_for(f"{array}_{task}", "COMPLETED", "FAILED")["JobState"]
+            assert state == "COMPLETED", place.log(f"{array}_{task}")
+        caption.main(place.arguments("caption", "alone"))
+    made, expected = (place.folder / "caption" / output for output in ("array", "alone"))
+    shards = [(made / f"captions-{shard:05d}-of-00002.jsonl").read_bytes() for shard in (0, 1)]
+    assert all(shards) and b"".join(shards) == (expected / "captions-00000-of-00001.jsonl").read_bytes()

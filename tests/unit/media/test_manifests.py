@@ -155,7 +155,7 @@ def test_bad_manifests_are_refused(folder, tmp_path):
     pq.write_table(pa.table({"url": ["x"]}), path)
     with pytest.raises(InputError, match=r"x.parquet has no column path; it has url"):
         list_samples([path])
-    with pytest.raises(InputError, match=r"rows.jsonl' is a manifest"):
+    with pytest.raises(InputError, match=r"rows.jsonl' is a manifest.*OUTPUT/kept/\*.tar"):
         build_index([str(write_json(folder))], None, lambda *_: None)
 
 

@@ -1,7 +1,5 @@
 """Every shipped configuration of a decoder, planned on the ranks that its opening comment starts."""
 
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,23 +8,14 @@ from megatron_ext.config import load
 from megatron_ext.config.run import RunConfig
 from megatron_ext.plan.job import USABLE_SHARE, plan_job
 from megatron_ext.plan.question import take_question
+from tests.support.documented import opening_commands, started_run
 from tests.support.small_models import CORPUS
 from tokenizer_train.text.train import TextTokenizerTrainConfig, train_model
 
 ROOT = Path(__file__).parents[3]
-DECODERS = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if "pretrain_emu3.py" in path.read_text()]
-
-
-def commands(example: Path) -> list[list[str]]:
-    """What follows pretrain_emu3.py in the commands of the opening comment."""
-    opening = re.match(r"(?:#.*\n)+", example.read_text(encoding="utf-8"))[0]
-    return [shlex.split(line.split("pretrain_emu3.py")[1]) for line in opening.splitlines() if ".py --config" in line]
-
-
-def started_ranks(example: Path) -> int:
-    opening = re.match(r"(?:#.*\n)+", example.read_text(encoding="utf-8"))[0]
-    nodes = re.search(r"--nnodes (\d+)", opening)
-    return (int(nodes[1]) if nodes else 1) * int(re.search(r"--nproc-per-node (\d+)", opening)[1])
+EXAMPLES = [path for path in sorted((ROOT / "examples").glob("*.yaml")) if path.read_text().startswith("#")]
+COMMANDS = {path: opening_commands(path.read_text(encoding="utf-8")) for path in EXAMPLES}
+DECODERS = [path for path, commands in COMMANDS.items() if any(started_run(command) for command in commands)]
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +33,11 @@ def test_the_real_sizes_are_shipped():
 @pytest.mark.parametrize("example", DECODERS, ids=lambda path: path.stem)
 def test_shipped_configuration_starts_and_fits(example, text_tokenizer, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for command in commands(example):
+    [(ranks, arguments)] = [run for command in COMMANDS[example] if (run := started_run(command))]
+    planned = [command[2:] for command in COMMANDS[example] if command[:2] == ["python", "pretrain_emu3.py"]]
+    for command in (*planned, ["--dry_run", "--world_size", str(ranks), *arguments]):
         question, rest = take_question(command)
-        question = question or take_question(["--dry_run", "--world_size", str(started_ranks(example))])[0]
-        assert question.world_size == started_ranks(example)
+        assert question.world_size == ranks
         config = load(RunConfig, rest)
         if config.vocab.layout == "custom":
             config = load(RunConfig, [*rest, "--vocab.text_tokenizer", str(text_tokenizer)])
