@@ -1,9 +1,12 @@
 """Recomputation and compilation change what is kept and how fast it is, never what comes out."""
 
+import copy
+
+import pytest
 import torch
 
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
-from tokenizer_train.vision.execution import recompute_blocks
+from tokenizer_train.vision.execution import compile_networks, recompute_blocks
 
 CONFIG = VisionTokenizerConfig(codebook_size=8, ch=32, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(1,))
 
@@ -44,3 +47,29 @@ def test_recomputed_blocks_keep_less_and_give_the_same():
     model = fresh_model()
     recompute_blocks(model, min_side=46)
     assert train_pass(model, pixels)[0] == plain_bytes, "smaller frames are left alone"
+
+
+TINY = VisionTokenizerConfig(
+    codebook_size=8, ch=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), temporal_downsample_factor=1
+)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_compiled_networks_give_the_same_gradients(recomputes):
+    torch.manual_seed(0)
+    plain = MoVQGAN(TINY)
+    compiled = copy.deepcopy(plain)
+    names = list(compiled.state_dict())
+    if recomputes:
+        recompute_blocks(compiled, min_side=8)
+    compile_networks(compiled, "fp32")
+    assert list(compiled.state_dict()) == names
+    pixels = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    _, expected = train_pass(plain, pixels)
+    _, found = train_pass(compiled, pixels)
+    assert found.keys() == expected.keys()
+    largest = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        error = (found[name] - value).abs().max() / largest
+        print(name, float(error))
+        assert error < 1e-5, name
