@@ -177,6 +177,7 @@ TRAININGS = {
     "muon": {"optim.optimizer": "muon"},
     "ibq": {
         "model.quantizer": "ibq",
+        "codebook.start_step": 0,
         "model.embed_dim": 8,
         "model.z_channels": 8,
         "codebook.kmeans_batches": 0,
