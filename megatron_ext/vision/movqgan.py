@@ -43,6 +43,21 @@ PIXELS_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 20}
 256 x 256 keeps a CPU busy, a GPU wants more. The widest maps of Emu3's decoder take 5 KB a pixel in fp32."""
 
 
+DECODING_HALF = ("decoder", "post_quant_conv")
+"""Modules that codes do not depend on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodesOrigin:
+    """Whose codes a tokenizer has whose decoding half alone was trained further."""
+
+    identity: str
+    """`MoVQGAN.identity` before that training."""
+
+    encoding_digest: str
+    """`MoVQGAN.encoding_digest`, then and for as long as the identity holds."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionTokenizerConfig:
     """Shape of a vision tokenizer; the defaults are Emu3's (270,740,287 parameters). Names are BAAI's."""
@@ -234,6 +249,7 @@ class MoVQGAN(nn.Module):
     def __init__(self, config: VisionTokenizerConfig) -> None:
         super().__init__()
         self.config = config
+        self.origin: CodesOrigin | None = None
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quantize = build_quantizer(config.quantizer, config.codebook_size, config.embed_dim)
@@ -247,13 +263,30 @@ class MoVQGAN(nn.Module):
 
     @property
     def identity(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of configuration, preprocessing and every tensor's name and contents.
+        """16 hexadecimal digits that name the codes.
 
-        Equal identities give equal codes for equal pixels; datasets of different ones must not be blended.
+        Equal identities give equal codes for equal pixels; datasets of different ones must not be blended. It is
+        `digest`, except that a tokenizer keeps the identity of its `origin` while it encodes as that did.
         """
+        if self.origin is not None and self.origin.encoding_digest == self.encoding_digest:
+            return self.origin.identity
+        return self.digest
+
+    @property
+    def digest(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of configuration, preprocessing and every tensor's name and contents."""
+        return self._digest(self.state_dict())
+
+    @property
+    def encoding_digest(self) -> str:
+        """The same without the tensors of the decoding half."""
+        tensors = self.state_dict().items()
+        return self._digest({name: tensor for name, tensor in tensors if name.split(".")[0] not in DECODING_HALF})
+
+    def _digest(self, tensors: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
         digest.update(json.dumps([self.config.fields(), PREPROCESSING], sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]

@@ -3,16 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.config import InputError
 from megatron_ext.files import replacing
-from megatron_ext.vision.movqgan import MoVQGAN, VisionTokenizerConfig
+from megatron_ext.vision.movqgan import CodesOrigin, MoVQGAN, VisionTokenizerConfig
 
 MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
 """By quantizer. Another name than BAAI's where its class would choose other codes for the same weights."""
+
+ORIGIN_FIELD = "codes_of"
+"""Field of config.json for a tokenizer's `origin`; BAAI's class passes over it."""
 
 
 def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
@@ -26,6 +30,8 @@ def save_vision_tokenizer(model: MoVQGAN, folder: str | Path) -> None:
     model_type = MODEL_TYPES[model.config.quantizer]
     fields = {"model_type": model_type, "architectures": [f"{model_type}Model"], "double_z": False, "dropout": 0.0}
     fields |= model.config.fields()
+    if model.origin is not None and model.identity == model.origin.identity:
+        fields[ORIGIN_FIELD] = dataclasses.asdict(model.origin)
     with replacing(folder / "config.json") as description, replacing(folder / "model.safetensors") as weights:
         description.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -46,7 +52,9 @@ def load_vision_tokenizer(folder: str | Path) -> MoVQGAN:
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"vision tokenizer {str(folder)!r}: {name} is missing; give a folder that holds it")
-    model = MoVQGAN(_read_config(folder / "config.json"))
+    fields = _read_fields(folder / "config.json")
+    model = MoVQGAN(_config(fields, folder / "config.json"))
+    model.origin = _origin(fields, folder / "config.json")
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
@@ -55,11 +63,14 @@ def load_vision_tokenizer(folder: str | Path) -> MoVQGAN:
     return model.eval()
 
 
-def _read_config(path: Path) -> VisionTokenizerConfig:
+def _read_fields(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not readable as JSON ({error})") from None
+
+
+def _config(fields: dict[str, Any], path: Path) -> VisionTokenizerConfig:
     expected = MODEL_TYPES.get(fields.get("quantizer", "nearest"))
     if expected is None:
         raise InputError(f"{path}: quantizer {fields['quantizer']!r} must be one of {', '.join(MODEL_TYPES)}")
@@ -68,3 +79,14 @@ def _read_config(path: Path) -> VisionTokenizerConfig:
     known = {field.name for field in dataclasses.fields(VisionTokenizerConfig)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
     return VisionTokenizerConfig(**values)
+
+
+def _origin(fields: dict[str, Any], path: Path) -> CodesOrigin | None:
+    found = fields.get(ORIGIN_FIELD)
+    try:
+        return None if found is None else CodesOrigin(**found)
+    except TypeError:
+        raise InputError(
+            f"{path}: {ORIGIN_FIELD} = {found!r} is not what a training of the decoder writes; take the field out, "
+            "and the tokenizer has an identity of its own"
+        ) from None

@@ -119,6 +119,10 @@ class VisionTrainConfig:
     train_steps: int = 1000
     """Optimizer steps."""
 
+    trained: Literal["all", "decoder"] = "all"
+    """What learns: all, or the decoder alone, so that checkpoint.init_from's encoder and codes stay to the last bit and
+    what was tokenized with them stays valid."""
+
     accumulation_steps: int = 1
     """Batches of media.batch_size (over all ranks) that a step sees, one after the other. Batch norms normalise over
     one of them at a time: two batches of 4 are not one of 8 to them, unless they are frozen."""
@@ -241,6 +245,13 @@ class VisionCheckpointConfig(SaveConfig):
     whose weights start a new run; ignored once the run has a checkpoint."""
 
 
+CODE_TERMS = ("codebook", "commitment", "index_propagation", "entropy")
+"""Weights of section loss that act on encoder and codes alone."""
+
+CODE_STEPS = ("start_step", "kmeans_batches", "restart_until_step")
+"""Fields of section codebook that say until when codes are absent or moved."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class VisionTokenizerTrainingConfig:
     """Train a vision tokenizer on pictures and clips."""
@@ -274,6 +285,8 @@ class VisionTokenizerTrainingConfig:
 
     def __post_init__(self) -> None:
         self._check_quantizer()
+        if self.train.trained == "decoder":
+            self._check_codes_stay()
         self.media.check_factors(self.model.spatial_factor, self.model.temporal_downsample_factor)
         if self.loss.adversarial and not (
             self.discriminator.start_step <= self.loss.adversarial_start_step < self.train.train_steps
@@ -288,6 +301,21 @@ class VisionTokenizerTrainingConfig:
                 f"codebook.start_step = {self.codebook.start_step}: must be at least 0 and below train.train_steps = "
                 f"{self.train.train_steps}, or the codes are never placed"
             )
+
+    def _check_codes_stay(self) -> None:
+        """Refuse what would move the codes, or nothing at all."""
+        if self.checkpoint.init_from is None:
+            raise InputError(
+                "checkpoint.init_from = None: train.trained decoder needs the folder of a trained tokenizer"
+            )
+        loss, codebook = self.loss, self.codebook
+        if codebook.update == "ema":
+            raise InputError("codebook.update = 'ema': moves the codes, set gradient with train.trained decoder")
+        idle = {f"loss.{name}": getattr(loss, name) for name in CODE_TERMS}
+        idle |= {f"codebook.{name}": getattr(codebook, name) for name in CODE_STEPS}
+        for name, value in idle.items():
+            if value:
+                raise InputError(f"{name} = {value}: with train.trained decoder the codes stay as they are, set 0")
 
     def _check_quantizer(self) -> None:
         loss, codebook = self.loss, self.codebook

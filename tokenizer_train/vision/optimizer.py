@@ -46,7 +46,7 @@ class NetworkOptimizer:
         self.optim = optim
         self.prefix = prefix
         self.decay_steps = optim.lr_decay_steps or train_steps
-        self.parameters = list(network.parameters())
+        self.parameters = [weight for _, weight in _trained(network)]
         kernels = _hidden_kernels(network, units) if optim.optimizer == "muon" else []
         self.adam = torch.optim.AdamW(
             _groups(network, optim.weight_decay, units, without=kernels),
@@ -116,11 +116,16 @@ class NetworkOptimizer:
             self.muon.load_state_dict(state["muon"])
 
 
+def _trained(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What the optimizer may move: not what is frozen when it is made."""
+    return [(name, weight) for name, weight in network.named_parameters() if weight.requires_grad]
+
+
 def _hidden_kernels(network: nn.Module, units: Mapping[str, float]) -> list[nn.Parameter]:
     """The kernels that Muon is for (Jordan et al. 2024): not those of the first and last layers, nor scaled ones."""
     return [
         weight
-        for name, weight in network.named_parameters()
+        for name, weight in _trained(network)
         if weight.ndim >= 4 and min(weight.shape[:2]) >= HIDDEN_CHANNELS and name not in units
     ]
 
@@ -132,7 +137,7 @@ def _groups(
     codes = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     others = {id(weight) for weight in without}
     members: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, weight in network.named_parameters():
+    for name, weight in _trained(network):
         if id(weight) not in others:
             decays = weight.ndim > 1 and id(weight) not in codes
             members.setdefault((decays, units.get(name, 1.0)), []).append(weight)

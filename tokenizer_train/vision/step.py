@@ -18,6 +18,7 @@ from tokenizer_train.vision.adversary import Adversary
 from tokenizer_train.vision.codebook import CodebookKeeper
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
+from tokenizer_train.vision.decoder_alone import hold_statistics
 from tokenizer_train.vision.losses import (
     adaptive_weight,
     adversarial_loss,
@@ -148,6 +149,8 @@ class TrainStep:
     def _drawing(self, batch: Tensor, *, quantize: bool) -> Drawing:
         """Encoded, quantised where `quantize`, and drawn again; a picture's first frame only."""
         model = self.model
+        if self.config.train.trained == "decoder":
+            return self._drawing_from_given_codes(batch)
         with self._autocast():
             latents_BDthw = model.latents(batch)
         latents_BDthw = latents_BDthw.float()
@@ -161,15 +164,29 @@ class TrainStep:
                 entropy_temperature=loss.entropy_temperature if loss.entropy else None,
                 mean_over_ranks=self.replicas.mean,
             )
-        with self._autocast():
-            render = model.render_first_frame if batch.ndim == 4 else model.render
-            pixels = render(drawn_from_BDthw)
         return Drawing(
-            pixels=pixels.float(),
+            pixels=self._rendered(batch, drawn_from_BDthw),
             quantizer_terms=terms,
             latents_BDthw=latents_BDthw.detach(),
             codes_Bthw=codes_Bthw,
         )
+
+    def _drawing_from_given_codes(self, batch: Tensor) -> Drawing:
+        """The same where the decoder alone is trained: without a graph up to the codes."""
+        with torch.no_grad():
+            hold_statistics(self.model)
+            with self._autocast():
+                latents_BDthw = self.model.latents(batch)
+            codes_Bthw = self.model.quantize.assign(latents_BDthw)
+            vectors_BDthw = self.model.quantize.lookup(codes_Bthw)
+        pixels = self._rendered(batch, vectors_BDthw)
+        return Drawing(pixels=pixels, quantizer_terms={}, latents_BDthw=latents_BDthw.float(), codes_Bthw=codes_Bthw)
+
+    def _rendered(self, batch: Tensor, vectors_BDthw: Tensor) -> Tensor:
+        """Float32 pixels, shaped as `batch`, that the decoder draws from vectors."""
+        render = self.model.render_first_frame if batch.ndim == 4 else self.model.render
+        with self._autocast():
+            return render(vectors_BDthw).float()
 
     def _wanted(
         self, pixels: Tensor, batch: Tensor, weights: dict[str, float]

@@ -86,10 +86,11 @@ def _runtime(train: VisionTrainConfig) -> RuntimeConfig:
 
 def _announce(trainer: Trainer) -> None:
     parameters = sum(parameter.numel() for parameter in trainer.state.model.parameters())
+    learn = "its decoder alone learns, " if trainer.config.train.trained == "decoder" else ""
     topology, step = trainer.topology, trainer.state.step
     ranks = f"{topology.world_size} ranks, " if topology.world_size > 1 else ""
     trainer.run.console.print(
-        f"vision tokenizer of {parameters:,} parameters, {trainer.media.summary()}, "
+        f"vision tokenizer of {parameters:,} parameters, {learn}{trainer.media.summary()}, "
         f"{ranks}{torch.get_num_threads()} threads on {topology.device.type}: "
         + (f"resuming after step {step}" if step else "starting"),
         soft_wrap=True,

@@ -4,6 +4,7 @@ The state is the same on every rank, so a run may go on with another number of t
 """
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ from megatron_ext.files import writing
 from megatron_ext.observe import Run
 from megatron_ext.runtime import Topology
 from megatron_ext.runtime.device import peak_memory_bytes, synchronize
-from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
+from megatron_ext.vision import CodesOrigin, MoVQGAN, load_vision_tokenizer, save_vision_tokenizer
 from tokenizer_train.vision.changes import changes
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
+from tokenizer_train.vision.decoder_alone import train_decoder_alone
 from tokenizer_train.vision.ema import WeightAverage
 from tokenizer_train.vision.execution import compile_networks, recompute_blocks
 from tokenizer_train.vision.optimizer import NetworkOptimizer
@@ -65,11 +67,14 @@ class TokenizerState:
         if self.average is not None:
             parts["average"] = self.average
         saved = {name: part.state_dict() for name, part in parts.items()}
+        if self.model.origin is not None:
+            saved["origin"] = dataclasses.asdict(self.model.origin)
         return saved | {"step": self.step, "consumed_samples": self.consumed_samples}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up what `state_dict` gave."""
         self.model.load_state_dict(state["model"])
+        self.model.origin = CodesOrigin(**state["origin"]) if "origin" in state else None
         self.optimizer.load_state_dict(state["optimizer"])
         self.train_step.load_state_dict(state["train_step"])
         if self.average is not None:
@@ -100,6 +105,8 @@ class Trainer:
         start = saved_shape(config, self._latest) if self._latest else initial_tokenizer(config)
         self._units = topology.broadcast(start.units)  # computed: a rank's last bits may be its own
         model = start.model.to(topology.device).train()
+        if config.train.trained == "decoder":
+            train_decoder_alone(model)
         if config.train.recompute_min_side:
             recompute_blocks(model, config.train.recompute_min_side)
         if config.train.compile:
@@ -198,12 +205,12 @@ class Trainer:
             InputError: the disk does not take it.
         """
         with self.released_weights():
-            identity = self.state.model.identity
+            model = self.state.model
             there = (folder / "model.safetensors").exists()
-            if self.topology.is_main and not (there and load_vision_tokenizer(folder).identity == identity):
+            if self.topology.is_main and not (there and load_vision_tokenizer(folder).digest == model.digest):
                 with writing(folder, "observe.run_dir"):
-                    save_vision_tokenizer(self.state.model, folder)
-        return identity
+                    save_vision_tokenizer(model, folder)
+            return model.identity
 
     def _prepare_validation(self) -> None:
         def say(line: str) -> None:
@@ -230,8 +237,10 @@ class Trainer:
         self.run.log_metrics(line | {"consumed_samples": state.consumed_samples, "timing": timing})
 
     def _checkpoint_bytes(self) -> int:
-        copies = 1 + MOMENTS + (self.state.average is not None) + 1  # the last: the tokenizer as it is released
-        return copies * sum(tensor.nbytes for tensor in self.state.model.state_dict().values())
+        model = self.state.model
+        copies = 1 + (self.state.average is not None) + 1  # the last: the tokenizer as it is released
+        moments = MOMENTS * sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+        return copies * sum(tensor.nbytes for tensor in model.state_dict().values()) + moments
 
 
 def _save(state: dict[str, Any], path: Path) -> None:

@@ -18,11 +18,12 @@ from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.files import read_json_lines
 from megatron_ext.runtime import Topology
-from megatron_ext.vision import load_vision_tokenizer
+from megatron_ext.vision import load_vision_tokenizer, save_vision_tokenizer
 from tests.support.distributed import Ranks, use_next_store
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
+from tokenizer_train.vision.decoder_alone import train_decoder_alone
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
 from tokenizer_train.vision.start import initial_tokenizer
@@ -36,6 +37,7 @@ EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
 def stopped(tmp_path_factory):
     """Two copies of a run that one rank stopped after three of its steps."""
     folder = tmp_path_factory.mktemp("runs")
+    save_vision_tokenizer(initial_tokenizer(configured("plain")).model, folder / RELEASED)
     config = configured("accumulated", folder / "alone")
     train.train(replace(config, train=replace(config.train, exit_interval=3)))
     shutil.copytree(folder / "alone", folder / "two")
@@ -58,7 +60,7 @@ def walk(folder: Path) -> dict[str, Any]:
         found = {
             "norms": norms_on_a_rank(topology),
             "branches": branches_on_a_rank(topology),
-            "trainings": {name: training_on_a_rank(topology, name) for name in TRAININGS},
+            "trainings": {name: training_on_a_rank(topology, name, folder) for name in TRAININGS},
             "refusal": refusal_on_a_rank(topology),
         }
     use_next_store()
@@ -173,6 +175,35 @@ TRAININGS = {
     "accumulated": {"train.accumulation_steps": 2, "train.ema_decay": 0.9},
     "frozen": {"train.freeze_batch_norm_step": 1},
     "muon": {"optim.optimizer": "muon"},
+    "ibq": {
+        "model.quantizer": "ibq",
+        "codebook.start_step": 0,
+        "model.embed_dim": 8,
+        "model.z_channels": 8,
+        "codebook.kmeans_batches": 0,
+        "codebook.restart_until_step": 0,
+        "loss.codebook": 0.25,
+        "loss.commitment": 1,
+        "loss.index_propagation": 1,
+        "loss.entropy": 0.5,
+        "loss.entropy_temperature": 1,
+    },
+    "decoder": {
+        "train.trained": "decoder",
+        "train.accumulation_steps": 2,
+        "loss.adversarial": 0.5,
+        "loss.adversarial_start_step": 1,
+        "loss.adversarial_scale": "adaptive",
+        "loss.codebook": 0,
+        "loss.commitment": 0,
+        "codebook.start_step": 0,
+        "codebook.kmeans_batches": 0,
+        "codebook.restart_until_step": 0,
+        "discriminator.width": 8,
+        "discriminator.num_layers": 2,
+        "discriminator.optim.lr": 1e-6,
+        "discriminator.optim.clip_grad": 0,
+    },
     "adversarial": {
         "train.accumulation_steps": 2,
         "loss.adversarial": 0.5,
@@ -185,9 +216,13 @@ TRAININGS = {
     },
 }
 STEPS = 4
+RELEASED = "released"
+"""Folder of a tokenizer beside the runs."""
 
 
-def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrainingConfig:
+def configured(
+    name: str, run_dir: Path = Path("unused"), *, init_from: Path | None = None
+) -> VisionTokenizerTrainingConfig:
     """The shipped configuration on small pictures and clips: plain, then with codes, then with restarts."""
     options = {
         "media.inputs": f"[{ROOT / 'examples/media/images'},{ROOT / 'examples/media/clips'}]",
@@ -216,6 +251,7 @@ def configured(name: str, run_dir: Path = Path("unused")) -> VisionTokenizerTrai
         "train.num_threads": 1,
         "observe.run_dir": run_dir,
         "observe.tensorboard": "false",
+        "checkpoint.init_from": init_from or "null",
         **TRAININGS[name],
     }
     return load(
@@ -243,6 +279,8 @@ class RankMedia(TrainingMedia):
 
 def made(config: VisionTokenizerTrainingConfig, topology: Topology, **media: int) -> TrainStep:
     model = initial_tokenizer(config).model.train()
+    if config.train.trained == "decoder":
+        train_decoder_alone(model)
     optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
     return TrainStep(config, model, optimizer, RankMedia(config, topology, **media), Replicas(topology))
 
@@ -260,9 +298,10 @@ def refusal_on_a_rank(topology: Topology) -> str:
     return str(refused.value)
 
 
-def training_on_a_rank(topology: Topology, name: str) -> list[dict[str, Any]]:
+def training_on_a_rank(topology: Topology, name: str, folder: Path) -> list[dict[str, Any]]:
     """Metrics, gradients and running statistics of every step."""
-    train_step = made(configured(name), topology)
+    config = configured(name, init_from=folder / RELEASED if name == "decoder" else None)
+    train_step = made(config, topology)
     networks = nn.ModuleDict({"model": train_step.model})
     if train_step.adversary is not None:
         networks["adversary"] = train_step.adversary.network
@@ -276,10 +315,10 @@ def training_on_a_rank(topology: Topology, name: str) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone():
+def alone(stopped):
     """The same trainings on one rank."""
     with Topology.start(RuntimeConfig(device="cpu", num_threads=1), ParallelConfig()) as topology:
-        return {name: training_on_a_rank(topology, name) for name in TRAININGS}
+        return {name: training_on_a_rank(topology, name, stopped) for name in TRAININGS}
 
 
 @pytest.mark.parametrize("name", TRAININGS)

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from megatron_ext.config import InputError
-from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, from_uint8, load_vision_tokenizer, to_uint8
+from megatron_ext.vision import (
+    CodesOrigin,
+    MoVQGAN,
+    VisionTokenizerConfig,
+    from_uint8,
+    load_vision_tokenizer,
+    to_uint8,
+)
 from megatron_ext.vision.storage import save_vision_tokenizer
 
 TINY = VisionTokenizerConfig(
@@ -107,6 +114,30 @@ def test_save_and_load_is_exact(tmp_path):
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-3
     assert loaded.identity != model.identity
+
+
+def test_decoder_trained_alone_keeps_the_identity_of_its_codes(tmp_path):
+    model = random_tokenizer()
+    identity = model.identity
+    model.origin = CodesOrigin(identity=identity, encoding_digest=model.encoding_digest)
+    with torch.no_grad():
+        model.decoder.conv_out.bias[0] += 1e-3
+        model.post_quant_conv.conv.bias[0] += 1e-3
+    save_vision_tokenizer(model, tmp_path)
+    loaded = load_vision_tokenizer(tmp_path)
+    assert loaded.identity == identity != loaded.digest == model.digest
+    fields = json.loads((tmp_path / "config.json").read_text())
+    assert fields["codes_of"] == {"identity": identity, "encoding_digest": model.encoding_digest}
+    for name in ("encoder.conv_out.bias", "quantize.embedding.weight", "quant_conv.conv.weight"):
+        changed = load_vision_tokenizer(tmp_path)
+        with torch.no_grad():
+            changed.get_parameter(name).view(-1)[0] += 1e-3
+        assert changed.identity == changed.digest != identity, name
+        save_vision_tokenizer(changed, tmp_path / "changed")
+        assert "codes_of" not in json.loads((tmp_path / "changed/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"codes_of": {"identity": 3, "whose": 4}}))
+    with pytest.raises(InputError, match="codes_of = .* is not what a training of the decoder writes"):
+        load_vision_tokenizer(tmp_path)
 
 
 def test_unusable_folders_are_refused(tmp_path):
