@@ -6,28 +6,27 @@ when its size or modification time changes, of a folder only the files whose did
 
 import contextlib
 import hashlib
-import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from megatron_ext.config import InputError
-from megatron_ext.files import replacing, writing
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.headers import Header, read_header
-from megatron_ext.media.listing import expand, layout_of, samples_of
-from megatron_ext.media.samples import Extent, Sample
-
-FORMAT = 1
-"""Number of the layout of the index files; others are made anew."""
+from megatron_ext.media.listing import Layout, expand, layout_of, samples_of
+from megatron_ext.media.members import key_of
+from megatron_ext.media.samples import Extent, Sample, readable_name
+from megatron_ext.media.table import MediaTable
 
 READERS = 8
 """Threads that read headers: on a network file system they wait more than they work."""
+
+SHAPING_COLUMNS = ("is_clip", "size", "height", "width", "num_frames", "frame_rate")
+"""What of a sample beside its name counts for the digest of an index."""
 
 _AT_ONCE = 1024
 
@@ -36,68 +35,17 @@ Progress = Callable[[str, int, str], contextlib.AbstractContextManager[Callable[
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaTable:
-    """The samples of one input, a column for each property; row i of every column is sample i."""
+class Source:
+    """An input as it was found."""
 
-    names: list[str]
-    """Path of the media file inside the input."""
+    number: int
+    """Which of the configured inputs it is from."""
 
-    keys: list[str]
-    """As in `Sample`."""
+    path: Path
+    layout: Layout
 
-    is_clip: np.ndarray
-    """Bool."""
-
-    offset: np.ndarray
-    """First byte inside the file."""
-
-    size: np.ndarray
-    """Number of bytes."""
-
-    stamp: np.ndarray
-    """Modification time of the file in nanoseconds."""
-
-    height: np.ndarray
-    """Pixels, upright; 0 where the header is unreadable."""
-
-    width: np.ndarray
-    """Pixels, upright."""
-
-    num_frames: np.ndarray
-    """Frames of a clip."""
-
-    frame_rate: np.ndarray
-    """Frames per second of a clip."""
-
-    codec: list[str]
-    """As in `Header`."""
-
-    fault: list[str]
-    """Why the header is unreadable; empty where it is not."""
-
-    def save(self, path: Path, stamp: list[int]) -> None:
-        """Write the table under `path`; `stamp` is what must still hold of the input for the table to hold."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        arrays = {name: column for name, column in columns.items() if isinstance(column, np.ndarray)}
-        texts = {name: column for name, column in columns.items() if not isinstance(column, np.ndarray)}
-        header = json.dumps({"format": FORMAT, "stamp": stamp, "texts": texts}).encode("ascii")
-        with writing(path, "media.index_dir"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path, is_shared=True) as temporary, temporary.open("wb") as file:
-                np.savez(file, header=np.frombuffer(header, dtype=np.uint8), **arrays)
-
-    @classmethod
-    def load(cls, path: Path) -> tuple["MediaTable", list[int]] | None:
-        """The table under `path` and its stamp; None where there is none that can be read."""
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                if header["format"] != FORMAT:
-                    return None
-                columns = {name: arrays[name] for name in arrays.files if name != "header"}
-            return cls(**columns, **header["texts"]), header["stamp"]
-        except (OSError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError):
-            return None  # a cache: what cannot be read is made anew
+    length: int
+    """Number of its samples."""
 
 
 class MediaIndex:
@@ -105,32 +53,36 @@ class MediaIndex:
 
     def __init__(self, parts: Sequence[tuple[int, Path, MediaTable]]) -> None:
         """`parts` are (number of the input as configured, its path, its table)."""
-        self._parts = [(path, layout_of(path), table) for _, path, table in parts]
-        lengths = [len(table.names) for _, _, table in self._parts]
+        self._sources = [
+            Source(number=number, path=path, layout=layout_of(path), length=len(table)) for number, path, table in parts
+        ]
+        lengths = [source.length for source in self._sources]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.input_number = np.repeat([number for number, _, _ in parts], lengths)
+        self._table = table = MediaTable.joined([table for _, _, table in parts])
+        self.input_number = np.repeat(np.array([source.number for source in self._sources], np.int32), lengths)
         """Which of the configured inputs each sample is from."""
-        self.is_clip, self.height, self.width, self.num_frames, self.frame_rate = (
-            np.concatenate([getattr(table, name) for _, _, table in self._parts])
-            for name in ("is_clip", "height", "width", "num_frames", "frame_rate")
-        )
+        self.is_clip, self.height, self.width = table.is_clip, table.height, table.width
+        self.num_frames, self.frame_rate = table.num_frames, table.frame_rate
+        self.digest = self._digest()
+        """Names what there is to see and in which order: names inside the inputs, bytes, shapes, frames, unreadable
+        headers. Where the inputs lie and when their files were written does not count."""
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._table)
 
     def __getitem__(self, number: int) -> Sample:
         """Sample `number`, without its captions."""
-        part, row = self._find(number)
-        path, layout, table = self._parts[part]
-        name = table.names[row]
-        file = path / name if layout == "folder" else path
+        row = range(len(self))[number]
+        source = self._sources[int(np.searchsorted(self._starts, row, side="right")) - 1]
+        path, name, table = source.path, self._table.names[row], self._table
+        file = path / name if source.layout == "folder" else path
         extent = Extent(
             path=file, offset=int(table.offset[row]), size=int(table.size[row]), stamp=int(table.stamp[row])
         )
         return Sample(
-            key=table.keys[row],
+            key=readable_name(key_of(path.name if source.layout == "media" else name)),
             kind="video" if table.is_clip[row] else "image",
-            source=f"{path}:{name}" if layout == "tar" else str(file),
+            source=f"{path}:{name}" if source.layout == "tar" else str(file),
             media=extent,
             text=None,
             fields=None,
@@ -138,20 +90,22 @@ class MediaIndex:
 
     def codec(self, number: int) -> str:
         """How sample `number` is encoded, as in `Header`."""
-        part, row = self._find(number)
-        return self._parts[part][2].codec[row]
+        return self._table.codecs[self._table.codec[number]]
 
     def faults(self) -> Iterator[tuple[int, str]]:
         """(sample, why its header is unreadable) of those that are."""
-        for start, (_, _, table) in zip(self._starts, self._parts, strict=False):
-            for row in np.flatnonzero(table.height == 0):
-                yield int(start + row), table.fault[row]
+        return iter(self._table.faults.items())
 
-    def _find(self, number: int) -> tuple[int, int]:
-        if not 0 <= number < len(self):
-            raise IndexError(f"sample {number} is outside [0, {len(self)})")
-        part = int(np.searchsorted(self._starts, number, side="right")) - 1
-        return part, int(number - self._starts[part])
+    def _digest(self) -> str:
+        found = hashlib.sha256()
+        for source in self._sources:
+            name = "" if source.layout == "folder" else source.path.name
+            found.update(f"{source.number} {source.length} {name}\0".encode("utf-8", "surrogateescape"))
+        names, table = self._table.names, self._table
+        found.update(names.content.data)
+        for column in (names.ends, *(getattr(table, name) for name in SHAPING_COLUMNS)):
+            found.update(column.data)
+        return found.hexdigest()[:24]
 
 
 def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress) -> MediaIndex:
@@ -212,13 +166,7 @@ def _table(
     def look_up(number: int) -> Header | str:
         media, row = samples[number].media, rows.get(names[number])
         if known and row is not None and (known.size[row], known.stamp[row]) == (media.size, media.stamp):
-            return known.fault[row] or Header(
-                height=int(known.height[row]),
-                width=int(known.width[row]),
-                num_frames=int(known.num_frames[row]),
-                frame_rate=float(known.frame_rate[row]),
-                codec=known.codec[row],
-            )
+            return known.faults.get(row) or known.header(row)
         try:
             return read_header(samples[number])
         except MediaError as error:
@@ -228,21 +176,7 @@ def _table(
     for first in range(0, len(samples), _AT_ONCE):  # a pool's map takes in all its items at once
         found += pool.map(look_up, range(first, min(first + _AT_ONCE, len(samples))))
         advance(len(found) - first)
-    headers = [item if isinstance(item, Header) else Header(height=0, width=0, codec="") for item in found]
-    return MediaTable(
-        names=names,
-        keys=[sample.key for sample in samples],
-        is_clip=np.array([sample.kind == "video" for sample in samples]),
-        offset=np.array([sample.media.offset for sample in samples], dtype=np.int64),
-        size=np.array([sample.media.size for sample in samples], dtype=np.int64),
-        stamp=np.array([sample.media.stamp for sample in samples], dtype=np.int64),
-        height=np.array([header.height for header in headers], dtype=np.int32),
-        width=np.array([header.width for header in headers], dtype=np.int32),
-        num_frames=np.array([header.num_frames for header in headers], dtype=np.int32),
-        frame_rate=np.array([header.frame_rate for header in headers], dtype=np.float64),
-        codec=[header.codec for header in headers],
-        fault=["" if isinstance(item, Header) else item for item in found],
-    )
+    return MediaTable.of(names, samples, found)
 
 
 def _name(path: Path, sample: Sample) -> str:

@@ -1,7 +1,9 @@
 """The torch device and what depends on its kind: backend, synchronization, memory, threads."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +46,31 @@ def synchronize(device: torch.device) -> None:
     """Wait for queued kernels, so that a clock read afterwards is honest. Nothing is queued on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class OwnCopies:
+    """Copies of memory whose owner writes it again as soon as it is let."""
+
+    def __init__(self, gpu: int | None) -> None:
+        """`gpu` is where the memory is, None for the CPU's."""
+        self._stream = None if gpu is None else torch.cuda.Stream(gpu)
+
+    def take(self, foreign: Iterable[Any]) -> list[torch.Tensor]:
+        """A copy of everything in `foreign` (DLPack), which is complete when this returns.
+
+        On a GPU that holds whatever the caller's stream has still to do: the copies are made on a stream of their own
+        and waited for there, so that neither the owner can be too early nor a training's kernels are waited for.
+        """
+        if self._stream is None:
+            return [torch.from_dlpack(item).clone() for item in foreign]
+        readers = torch.cuda.current_stream(self._stream.device)
+        with torch.cuda.stream(self._stream):
+            copies = [torch.from_dlpack(item).clone() for item in foreign]
+        self._stream.synchronize()
+        for copy in copies:
+            # Their memory is the copying stream's again when torch frees them: not before the caller's has read it.
+            copy.record_stream(readers)
+        return copies
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -11,13 +11,19 @@ SHAPING_SECTIONS = ("media", "model", "loss", "discriminator", "codebook", "opti
 """Sections that say what is computed; observe and checkpoint are free."""
 
 FREE = {
-    "media": {"valid_inputs", "max_bad_fraction", "index_dir", "workers", "prefetch_batches", "cache_megabytes"},
+    "media": {
+        "valid_inputs", "allow_change", "max_bad_fraction", "index_dir", "workers", "prefetch_batches",
+        "cache_megabytes",
+    },
     "train": {
         "eval_interval", "eval_samples", "eval_clip_frames", "num_threads", "device", "deterministic",
         "distributed_timeout_s", "recompute_min_side", "compile", "exit_interval", "exit_duration",
     },
 }  # fmt: skip
 """Fields of those sections that do not."""
+
+WHICH_MEDIA = ("media.inputs", "media.input_weights")
+"""Fields that may change where media.allow_change says so."""
 
 STEERING = {"lr", "min_lr", "lr_warmup_steps", "lr_decay_style", "lr_decay_steps", "clip_grad", "clip_grad_value"}
 """Fields of an optimizer that may change on the way, as after a training that diverged. The others are in its state."""
@@ -39,6 +45,8 @@ def changes(before: dict[str, Any], config: VisionTokenizerTrainingConfig, folde
             parent, _, field = name.rpartition(".")
             if parent.endswith("optim") and field in STEERING:
                 found[name] = (was, value)
+            elif name in WHICH_MEDIA and config.media.allow_change:
+                continue
             elif field not in FREE.get(parent, ()) and not _is_length(name, config):
                 raise InputError(
                     f"{name} = {value!r}, but {folder} was made with {was!r}: set it back, or choose another "

@@ -65,6 +65,10 @@ class MediaConfig:
     max_bad_fraction: float = 0.01
     """Largest share of the pictures and clips that may turn out to be unusable; they are skipped, more of them stop."""
 
+    allow_change: bool = False
+    """Whether a run may go on with other media than its checkpoint was made with: from there in the order of the new
+    ones. Also permits other inputs and input_weights."""
+
     index_dir: str | None = None
     """Folder that keeps what was read of the inputs, so that the next start need not: where the bytes of each sample
     are, its size, its frames. Null reads every header at every start."""

@@ -9,7 +9,7 @@ Shapes: B batch, T frames, C colour channels, H W pixels.
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
@@ -63,9 +63,11 @@ class TrainingMedia:
         ranks: int = 1,
         accumulation_steps: int = 1,
         device: torch.device | None = None,
+        index: MediaIndex | None = None,
     ) -> None:
         """`chunk_frames` and `spatial_factor` are the tokenizer's; `rank` of `ranks` takes its part of every batch; a
-        step has `accumulation_steps` batches; DALI decodes on `device`.
+        step has `accumulation_steps` batches; DALI decodes on `device`. `index` is that of the inputs, which all ranks
+        must share (`run_media.shared_index`); None reads them here.
 
         Raises:
             InputError: there is nothing to train on, too much of it is unusable, or a batch does not divide by `ranks`.
@@ -73,7 +75,7 @@ class TrainingMedia:
         self.config = config
         self._chunk_frames = chunk_frames
         self._rank, self._ranks, self._accumulation_steps = rank, ranks, accumulation_steps
-        self._index = build_index(config.inputs, config.index_dir, shown)
+        self._index = read_inputs(config) if index is None else index
         self._order = BatchOrder(
             self._index, config, seed=seed, chunk_frames=chunk_frames, spatial_factor=spatial_factor
         )
@@ -82,8 +84,10 @@ class TrainingMedia:
         self._lock = threading.Lock()
         self._unusable: set[Extent] = set()
         """Where those in `bad` are: threads that meet one together count it once."""
+        self._untold: list[tuple[Sample, str]] = []
+        """Those in `bad` that `newly_bad` has not returned yet; what the index tells every rank, rank 0 alone says."""
         for number, fault in self._order.faults.items():
-            self._add_bad(self._index[number], fault)
+            self._add_bad(self._index[number], fault, is_told=rank > 0)
         self.bad.check(len(self._index))
         self._check_parts()
         largest = max(cell.batch for cell in self._order.cells) // ranks
@@ -131,6 +135,29 @@ class TrainingMedia:
             self._note(sample, error)
             return None
 
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What a checkpoint says of the media that the run is made with."""
+        unreadable = sum(1 for _ in self._index.faults())
+        return {"digest": self._index.digest, "samples": len(self._index), "unreadable": unreadable}
+
+    def newly_bad(self) -> list[tuple[Sample, str]]:
+        """What has turned out to be unusable since the last call, and why."""
+        with self._lock:
+            found, self._untold = self._untold, []
+        return found
+
+    def learn_bad(self, found: Iterable[tuple[Sample, str]]) -> None:
+        """Count what other ranks found to be unusable.
+
+        Raises:
+            InputError: of all together it is too much.
+        """
+        with self._lock:
+            for sample, reason in found:
+                self._add_bad(sample, reason, is_told=True)
+            self.bad.check(len(self._index))
+
     def summary(self) -> str:
         """What is trained on, in a line."""
         buckets = {cell.bucket for cell in self._order.cells}
@@ -177,13 +204,15 @@ class TrainingMedia:
 
     def _note(self, sample: Sample, error: MediaError) -> None:
         with self._lock:
-            self._add_bad(sample, str(error))
+            self._add_bad(sample, str(error), is_told=False)
             self.bad.check(len(self._index))
 
-    def _add_bad(self, sample: Sample, reason: str) -> None:
+    def _add_bad(self, sample: Sample, reason: str, *, is_told: bool) -> None:
         if sample.media not in self._unusable:
             self._unusable.add(sample.media)
             self.bad.add(sample.source, reason)
+            if not is_told:
+                self._untold.append((sample, reason))
 
     def _check_parts(self) -> None:
         for cell in self._order.cells:
@@ -214,6 +243,15 @@ def centred_square(sample: Sample, config: MediaConfig, chunk_frames: int, max_f
         multiple=chunk_frames,
         resize=lambda frame_HWC: resize_picture(frame_HWC, square, factor=1),
     ).frames_THWC
+
+
+def read_inputs(config: MediaConfig) -> MediaIndex:
+    """The index of all inputs, with a bar where that takes long.
+
+    Raises:
+        InputError: an input is missing or holds nothing; the index cannot be kept.
+    """
+    return build_index(config.inputs, config.index_dir, shown)
 
 
 def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:

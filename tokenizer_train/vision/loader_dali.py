@@ -7,11 +7,11 @@ Shapes: T frames, H W pixels, C colour channels.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 from nvidia.dali import Pipeline, fn, types
 from torch import Tensor
 
 from megatron_ext.media import MediaError, MediaIndex
+from megatron_ext.runtime.device import OwnCopies
 from tokenizer_train.vision.loader_cpu import CpuLoader
 from tokenizer_train.vision.order import Draw
 
@@ -38,6 +38,7 @@ class DaliLoader:
         self._index = index
         self._cpu = cpu
         self._device_id = device_id
+        self._copies = OwnCopies(device_id)
         self._threads = threads
         self._largest_batch = largest_batch
         self._clip_codecs = CLIPS_ON_CPU if device_id is None else CLIPS_ON_GPU
@@ -84,8 +85,8 @@ class DaliLoader:
         for name, (kind, value) in inputs.items():
             pipeline.feed_input(name, [np.array(value(draw), dtype=kind) for draw in draws])
         (output,) = pipeline.run()
-        # Cloned: the pipeline writes its next batch where this one lies.
-        return [torch.from_dlpack(output[place]).clone() for place in range(len(draws))]
+        # The pipeline, which knows nothing of torch's streams, writes its next batch where this one lies.
+        return self._copies.take(output[place] for place in range(len(draws)))
 
     def _pipeline(self, *, is_clip: bool) -> Pipeline:
         # Fed by hand, one batch in, one out: running ahead is the business of whoever calls.

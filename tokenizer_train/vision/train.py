@@ -22,6 +22,7 @@ from megatron_ext.runtime import Topology
 from megatron_ext.runtime.faults import is_told_here
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig, VisionTrainConfig
 from tokenizer_train.vision.data import TrainingMedia
+from tokenizer_train.vision.run_media import shared_index
 from tokenizer_train.vision.trainer import Trainer
 
 TOKENIZER_FOLDER = "tokenizer"
@@ -71,6 +72,7 @@ def _media(config: VisionTokenizerTrainingConfig, topology: Topology) -> Trainin
         accumulation_steps=config.train.accumulation_steps,
         rank=topology.data_parallel_rank,
         ranks=topology.data_parallel_size,
+        index=shared_index(config.media, topology),
     )
 
 

@@ -29,6 +29,7 @@ from tokenizer_train.vision.ema import WeightAverage
 from tokenizer_train.vision.execution import compile_networks, recompute_blocks
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
+from tokenizer_train.vision.run_media import BadMedia, check_same_media
 from tokenizer_train.vision.start import initial_tokenizer, saved_shape
 from tokenizer_train.vision.step import TrainStep
 from tokenizer_train.vision.validation import Validation, save_grid
@@ -115,6 +116,7 @@ class Trainer:
         train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
         # After the train step, which may give all ranks the weights of one.
         average = WeightAverage(model, config.train.ema_decay) if config.train.ema_decay else None
+        self.bad_media = BadMedia(media, run, topology)
         self.state = TokenizerState(model=model, optimizer=optimizer, average=average, train_step=train_step)
         topology.from_main(self._prepare_validation)
         topology.from_main(lambda: check_room(root, self._checkpoint_bytes(), config.checkpoint.keep))
@@ -123,16 +125,22 @@ class Trainer:
         """Take up the newest checkpoint of the run folder, if there is one.
 
         Raises:
-            InputError: it was made with another configuration.
+            InputError: it was made with another configuration, or with other media.
         """
+        media_change = None
         if (folder := self._latest) is not None:
-            changed = changes(read_metadata(folder)["config"], self.config, folder)
+            metadata = read_metadata(folder)
+            changed = changes(metadata["config"], self.config, folder)
+            media_change = check_same_media(self.media, metadata.get("media"), str(folder))
             state = torch.load(folder / STATE_FILE, map_location=self.topology.device, weights_only=True)
             self.state.load_state_dict(state)
             for field, (was, value) in changed.items():
                 self.run.log_event("change", step=self.state.step, field=field, was=was, value=value)
                 self.run.console.print(f"{field} = {value}, and {was} up to step {self.state.step}")
         self.run.truncate_after(self.state.step)
+        if media_change is not None:
+            self.run.log_event("media_changed", step=self.state.step, **media_change)
+        self.bad_media.meet(self.state.step)
 
     def fit(self, stop_reason: Callable[[int], str | None]) -> str | None:
         """Train to the last step, or until `stop_reason(steps done)` names one, which is returned; either way the last
@@ -152,11 +160,13 @@ class Trainer:
                     saved = state.step
         if saved != state.step:
             self.save()
+        self.bad_media.meet(state.step)
         self.run.log_event("end", step=state.step, finished=state.step >= train.train_steps)
         return reason if state.step < train.train_steps else None
 
     def evaluate(self) -> None:
         """Log how well media are reconstructed, and draw some. Rank 0 does it alone."""
+        self.bad_media.meet(self.state.step)
         if not self.topology.is_main:
             return
         started = time.perf_counter()
@@ -174,8 +184,9 @@ class Trainer:
         Raises:
             InputError: the disk does not take it.
         """
+        self.bad_media.meet(self.state.step)
         config, samples = as_dict(self.config), self.state.consumed_samples
-        metadata = {"config": config, "consumed_samples": samples, "units": self._units}
+        metadata = {"config": config, "consumed_samples": samples, "units": self._units, "media": self.media.identity}
 
         def write(folder: Path) -> None:
             _save(self.state.state_dict(), folder / STATE_FILE)
@@ -233,6 +244,7 @@ class Trainer:
             "step_seconds": seconds,
             "tokens_per_second": line.pop("num_tokens") / seconds,
             "peak_memory_gib": peak_memory_bytes(self.topology.device) / 2**30,
+            "bad_samples": self.bad_media.count,
         }
         self.run.log_metrics(line | {"consumed_samples": state.consumed_samples, "timing": timing})
 

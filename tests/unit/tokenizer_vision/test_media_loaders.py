@@ -159,6 +159,13 @@ def test_dali_decodes_what_the_cpu_loader_decodes(index, cpu, dali, kind, keys, 
         assert one.shape == other.shape and difference.float().mean() < mean and difference.max() <= most, key
 
 
+def test_a_batch_stays_when_the_next_is_decoded(index, dali):
+    first = dali.decode([draw_of(index, key, 64) for key in ("cat", "owl")])
+    before = [frame.clone() for frame in first]
+    dali.decode([draw_of(index, key, 64) for key in ("fig", "astronaut")])
+    assert all(torch.equal(one, other) for one, other in zip(first, before, strict=True))
+
+
 def test_what_dali_does_not_decode_goes_to_the_cpu_loader(index, cpu, dali):
     for key in ("four_colours", "lossless", "h264"):
         assert torch.equal(dali.decode([draw_of(index, key, 64)])[0], cpu.decode([draw_of(index, key, 64)])[0])

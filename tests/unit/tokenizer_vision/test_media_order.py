@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ext.config import InputError
-from megatron_ext.media.index import MediaIndex, MediaTable
+from megatron_ext.media.index import MediaIndex
+from megatron_ext.media.names import Names
+from megatron_ext.media.table import MediaTable
 from tokenizer_train.vision.buckets import Bucket, assign, give_up_rare, make_buckets
 from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.order import BatchOrder
@@ -25,10 +27,10 @@ def index_of(*inputs: list[tuple]) -> MediaIndex:
 def table_of(samples: list[tuple]) -> MediaTable:
     rows = [(*sample, *(1, 0.0)[: 4 - len(sample)]) for sample in samples]
     height, width, num_frames, frame_rate = (np.array(column) for column in zip(*rows, strict=True))
-    texts, zeros = [""] * len(rows), np.zeros(len(rows), dtype=np.int64)
+    zeros = np.zeros(len(rows), dtype=np.int64)
     return MediaTable(
-        names=texts, keys=texts, codec=texts, fault=texts, offset=zeros, size=zeros, stamp=zeros, height=height,
-        width=width, num_frames=num_frames, frame_rate=frame_rate.astype(float), is_clip=frame_rate > 0,
+        names=Names.of([""] * len(rows)), codec=zeros, codecs=("",), faults={}, offset=zeros, size=zeros, stamp=zeros,
+        height=height, width=width, num_frames=num_frames, frame_rate=frame_rate.astype(float), is_clip=frame_rate > 0,
     )  # fmt: skip
 
 
