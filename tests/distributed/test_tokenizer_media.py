@@ -19,7 +19,7 @@ from megatron_ext.media import MediaIndex
 from megatron_ext.observe import Run
 from megatron_ext.runtime import Topology
 from megatron_ext.runtime import topology as topology_module
-from tests.support.distributed import Ranks
+from tests.support.distributed import Ranks, use_next_store
 from tokenizer_train.vision import run_media
 from tokenizer_train.vision.config_media import MediaConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -30,7 +30,7 @@ PICTURES = 20
 DAMAGED = (3, 8, 13, 18)
 """Behind their headers."""
 
-TIMEOUT_S = 2
+TIMEOUT_S = 5
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,16 @@ def walked(ranks: Ranks, folder) -> list[dict[str, Any]]:
 
 
 def walk(folder: Path) -> dict[str, Any]:
-    runtime = RuntimeConfig(device="cpu", num_threads=1, distributed_timeout_s=TIMEOUT_S)
-    with Topology.start(runtime, ParallelConfig()) as topology, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(run_media, "SIGN_OF_LIFE_S", 0.3)
-        config = MediaConfig(
-            inputs=[str(folder / "media")], size=16, batch_size=10, augmented_share=0, max_bad_fraction=1.0,
-            prefetch_batches=0, workers=1,
-        )  # fmt: skip
+    config = MediaConfig(
+        inputs=[str(folder / "media")], size=16, batch_size=10, augmented_share=0, max_bad_fraction=1.0,
+        prefetch_batches=0, workers=1,
+    )  # fmt: skip
+    impatient = RuntimeConfig(device="cpu", num_threads=1, distributed_timeout_s=TIMEOUT_S)
+    with Topology.start(impatient, ParallelConfig()) as topology:
         index = slowly_shared(config, topology)
+    use_next_store()
+    patient = RuntimeConfig(device="cpu", num_threads=1)
+    with Topology.start(patient, ParallelConfig()) as topology, pytest.MonkeyPatch.context() as patched:
         return {
             "large": large_array(topology, patched),
             "index": [index.digest, [index[number].media for number in range(len(index))], draws(index, config)],
@@ -83,10 +85,11 @@ def slowly_shared(config: MediaConfig, topology: Topology) -> MediaIndex:
     read = run_media.read_inputs
 
     def slow(config: MediaConfig) -> MediaIndex:
-        time.sleep(1.5 * TIMEOUT_S)
+        time.sleep(1.4 * TIMEOUT_S)
         return read(config)
 
     with pytest.MonkeyPatch.context() as slowed:
+        slowed.setattr(run_media, "SIGN_OF_LIFE_S", 0.3)
         slowed.setattr(run_media, "read_inputs", slow)
         return shared_index(replace(config, inputs=config.inputs if topology.is_main else ["nowhere"]), topology)
 
