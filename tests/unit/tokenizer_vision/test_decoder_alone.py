@@ -161,7 +161,10 @@ def test_a_step_has_the_decoders_gradient_and_computes_no_other(released, tmp_pa
         ({"codebook__restart_until_step": 9}, r"codebook.restart_until_step = 9: with"),
         ({"loss__codebook": 1}, r"loss.codebook = 1.0: with train.trained decoder the codes stay as they are, set 0"),
         ({"loss__commitment": 0.25}, r"loss.commitment = 0.25: with"),
-        ({"loss__entropy": 0.1, "model__quantizer": "ibq"}, r"loss.entropy = 0.1: with"),
+        (
+            {"loss__entropy": 0.1, "model__quantizer": "ibq", "train__accumulation_steps": 1},
+            r"loss.entropy = 0.1: with",
+        ),
         ({"loss__index_propagation": 1, "model__quantizer": "ibq"}, r"loss.index_propagation = 1.0: with"),
     ],
 )
