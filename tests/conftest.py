@@ -3,6 +3,10 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("without a clock", deadline=None)  # the first example of a test may import half of torch
+settings.load_profile("without a clock")
 
 UNDER_CI = os.environ.get("CI", "") not in ("", "0", "false")
 
