@@ -6,8 +6,8 @@ import torch
 
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 from tokenizer_train.vision.codebook import perplexity
-from tokenizer_train.vision.evaluate import psnr
 from tokenizer_train.vision.initialize import near_identity
+from tokenizer_train.vision.quality import psnr
 
 
 def test_near_identity_passes_the_signal():
