@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from megatron_ext.config import InputError
 from megatron_ext.files import replacing
 from megatron_ext.media import MediaError, Sample, build_index
 from megatron_ext.vision import MoVQGAN, from_uint8, to_uint8
@@ -51,10 +52,11 @@ class HeldOut:
     """The media of media.valid_inputs."""
 
     def __init__(self, config: MediaConfig, chunk_frames: int, limit: int, say: Callable[[str], None]) -> None:
-        """The first `limit` pictures and clips; what cannot be used is named once, to `say`.
+        """The first `limit` pictures and clips that can be used, which decoding them once tells; the others are named,
+        to `say`.
 
         Raises:
-            InputError: as `build_index`, such as an input that is not there or holds nothing.
+            InputError: as `build_index`, such as an input that is not there or holds nothing; none can be used.
         """
         index = build_index(config.valid_inputs, config.index_dir, shown)
         self._config, self._chunk_frames, self._say = config, chunk_frames, say
@@ -62,9 +64,14 @@ class HeldOut:
         self.clips: list[Sample] = []
         self._named: set[str] = set()
         for number in range(len(index)):
-            found = self.pictures if (sample := index[number]).kind == "image" else self.clips
-            if len(found) < limit:
+            found = self.clips if index.is_clip[number] else self.pictures
+            if len(found) < limit and self.whole(sample := index[number], chunk_frames) is not None:
                 found.append(sample)
+        if limit and not (self.pictures or self.clips):
+            raise InputError(
+                f"media.valid_inputs = {config.valid_inputs}: none of {len(index):,} samples can be used, as named "
+                "above: give others, or [] to evaluate the first of media.inputs"
+            )
 
     def whole(self, sample: Sample, max_frames: int) -> np.ndarray | None:
         try:

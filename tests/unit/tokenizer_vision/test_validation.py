@@ -129,8 +129,27 @@ def test_held_out_media(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count(f"evaluation skips {held_out / 'b.jpg'}") == 1
     with Image.open(tmp_path / "run/reconstruction.png") as grid:
         assert grid.size == (SIDE, 2 * SIDE + 2), "one picture"
-    empty = tmp_path / "empty"
+    empty, damaged = tmp_path / "empty", tmp_path / "damaged"
     empty.mkdir()
-    for inputs, told in ((empty, "holds no picture and no clip"), (tmp_path / "absent", "absent")):
+    damaged.mkdir()
+    shutil.copy(held_out / "b.jpg", damaged)
+    for inputs, told in (
+        (empty, "holds no picture and no clip"),
+        (tmp_path / "absent", "absent"),
+        (damaged, r"media.valid_inputs = .*damaged.*: none of 1 samples can be used"),
+    ):
         with pytest.raises(InputError, match=told):
             train.main([*arguments, f"--media.valid_inputs=[{inputs}]", f"--observe.run_dir={tmp_path / inputs.name}"])
+    assert not (tmp_path / "damaged/metrics.jsonl").read_text(), "found before the first step"
+
+
+def test_a_bad_sample_takes_no_place_of_the_evaluated(tmp_path):
+    pictures = sorted((ROOT / "examples/media/images").glob("*.jpg"))[:3]
+    for number, picture in enumerate(pictures):
+        content = picture.read_bytes()
+        (tmp_path / f"{number}.jpg").write_bytes(content[: len(content) // 2] if number == 0 else content)
+    said = []
+    config = configured(media__valid_inputs=f"[{tmp_path}]", train__eval_samples=2)
+    media = Validation(config, Given(0, 0), {}, said.append).media
+    assert [sample.key for sample in media.pictures] == ["1", "2"]
+    assert len(said) == 1 and "0.jpg" in said[0], "its header is whole: decoding tells"
