@@ -225,7 +225,8 @@ def _add_losses(page: Report, story: Story, config: RunReportConfig) -> None:
         named = {name.removeprefix("loss_dataset/"): name for name in datasets[first : first + len(COLORS)]}
         figure(named, "loss", "By dataset.", story.training)
     held_out = {"text": "valid_loss_text", "vision": "valid_loss_vision", "PSNR": "valid_psnr"}
-    figure(held_out, "held out", "On what was held out.", story.evaluation)
+    caption = "On data.valid; of a tokenizer on media.valid_inputs, or without them on the first of media.inputs."
+    figure(held_out, "evaluation", caption, story.evaluation)
     figure({"gradient norm": "grad_norm"}, "gradient norm", "Before clipping.", story.training, log_y=True)
     groups = [name for name in story.training[-1] if name.startswith("grad_norm/")]
     named = {name.removeprefix("grad_norm/"): name for name in groups}

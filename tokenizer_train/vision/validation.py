@@ -25,8 +25,8 @@ from tokenizer_train.vision.data import TrainingMedia, centred_square, shown
 from tokenizer_train.vision.perceptual import PerceptualDistance
 from tokenizer_train.vision.quality import SSIM_WINDOW, psnr, ssim
 
-SHOWN_PIXELS = 2**25
-"""Of a grid at most, originals and reconstructions together: Pillow and TensorBoard take a few times as much."""
+SHOWN_PIXELS = 2**23
+"""Of a grid, originals and reconstructions together, but for one frame of each kind: a PNG of some 10 MB."""
 
 SHOWN_FRAMES = 8
 """Of a clip at most, its first ones."""
