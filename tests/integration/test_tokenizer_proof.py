@@ -87,15 +87,15 @@ def test_the_page_is_written(finished: Path) -> None:
 
 def test_commands_name_what_exists() -> None:
     config = proof.ProofConfig(python="python")
-    all_commands = proof.commands(config, {"common": 10, "l2": 5, "perceptual": 5})
+    all_commands = proof.commands(config, {"common": 1000, "l2": 500, "perceptual": 500})
     assert [command[2].rpartition(".")[2] for command in all_commands] == ["train"] * 3 + ["evaluate"] * 2
     for command in all_commands:
         files = [part for part in command if part.endswith(".yaml")]
         assert all((ROOT / file).exists() for file in [*files, command[2].replace(".", "/") + ".py"])
         if files:
             read = load(VisionTokenizerTrainingConfig, [*command[3:], "--observe.log_interval=1"])
-            assert read.train.train_steps == (10 if len(files) == 1 else 5)
-            assert read.codebook.restart_until_step == (10 if len(files) == 1 else 3)
+            assert read.train.train_steps == (1000 if len(files) == 1 else 500)
+            assert read.codebook.restart_until_step == (1000 if len(files) == 1 else 300)
             assert read.observe.run_dir.startswith(str(proof.ROOT))
             assert len(files) == 1 or read.checkpoint.init_from == str(proof.ROOT / "common" / "tokenizer")
     trial = load(VisionTokenizerTrainingConfig, proof.trial_command(config, "perceptual", Path("x"))[3:])
