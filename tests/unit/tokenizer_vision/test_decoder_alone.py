@@ -13,7 +13,7 @@ from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, load_vision_tokenizer, save_vision_tokenizer
 from tests.unit.vision.test_movqgan import random_tokenizer
 from tokenizer_train.vision import train
-from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
+from tokenizer_train.vision.config import VisionOptimConfig, VisionTokenizerTrainingConfig
 from tokenizer_train.vision.decoder_alone import train_decoder_alone
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
@@ -118,6 +118,18 @@ def made(config: VisionTokenizerTrainingConfig, model: MoVQGAN, topology: Topolo
         train_decoder_alone(model)
     optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
     return TrainStep(config, model, optimizer, Pictures(), Replicas(topology))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_the_optimizer_has_what_learns_and_nothing_else(optimizer):
+    """What has no gradient costs it no memory, and no weight decay can come to it."""
+    model = MoVQGAN(SMALL)
+    train_decoder_alone(model)
+    made = NetworkOptimizer(model, VisionOptimConfig(optimizer=optimizer), 10)
+    held = {id(weight) for part in (made.adam, made.muon) if part for group in part.param_groups
+            for weight in group["params"]}  # fmt: skip
+    learns = {id(weight) for half in (model.decoder, model.post_quant_conv) for weight in half.parameters()}
+    assert held == learns == {id(weight) for weight in made.parameters}
 
 
 def test_a_step_has_the_decoders_gradient_and_computes_no_other(released, tmp_path):
