@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,9 @@ def slowly_shared(config: MediaConfig, topology: Topology) -> MediaIndex:
     """Reading takes longer than a collective waits, and rank 1 does not see the files."""
     read = run_media.read_inputs
 
-    def slow(config: MediaConfig) -> MediaIndex:
+    def slow(*sources: Any) -> MediaIndex:
         time.sleep(1.4 * TIMEOUT_S)
-        return read(config)
+        return read(*sources)
 
     with pytest.MonkeyPatch.context() as slowed:
         slowed.setattr(run_media, "SIGN_OF_LIFE_S", 0.3)
@@ -110,17 +111,26 @@ def opened(config: MediaConfig, topology: Topology, index: MediaIndex) -> contex
     return contextlib.closing(TrainingMedia(config, seed=1, chunk_frames=4, index=index, **places))
 
 
+@contextlib.contextmanager
+def seen(
+    config: MediaConfig, topology: Topology, index: MediaIndex, run_dir: Path
+) -> Iterator[tuple[TrainingMedia, BadMedia]]:
+    """A start of a run that has seen an epoch, and whose ranks have not met since."""
+    with (
+        Run.open(ObserveConfig(run_dir=str(run_dir), tensorboard=False), topology.is_main, "{}") as run,
+        opened(config, topology, index) as media,
+    ):
+        bad = BadMedia(media, run, topology)
+        for step in (1, 2):
+            media.batch(step)
+        yield media, bad
+
+
 def bad_media(config: MediaConfig, topology: Topology, index: MediaIndex, folder: Path) -> dict[str, Any]:
-    """An epoch in two starts of a run."""
+    """Two starts of a run."""
     found = {}
     for start in ("first", "second"):
-        with (
-            Run.open(ObserveConfig(run_dir=str(folder / "run"), tensorboard=False), topology.is_main, "{}") as run,
-            opened(config, topology, index) as media,
-        ):
-            bad = BadMedia(media, run, topology)
-            for step in (1, 2):
-                media.batch(step)
+        with seen(config, topology, index, folder / "run") as (media, bad):
             own = sorted(source for source, _ in media.bad.samples)
             bad.meet(2)
             told = sorted(source for source, _ in media.bad.samples)
@@ -132,15 +142,8 @@ def bad_media(config: MediaConfig, topology: Topology, index: MediaIndex, folder
 def too_much_together(config: MediaConfig, topology: Topology, index: MediaIndex, folder: Path) -> str:
     """Each rank's own are few enough."""
     allowed = replace(config, max_bad_fraction=(len(DAMAGED) - 1) / PICTURES)
-    with (
-        Run.open(ObserveConfig(run_dir=str(folder / "other"), tensorboard=False), topology.is_main, "{}") as run,
-        opened(allowed, topology, index) as media,
-    ):
-        bad = BadMedia(media, run, topology)
-        for step in (1, 2):
-            media.batch(step)
-        with pytest.raises(InputError) as refused:
-            bad.meet(2)
+    with seen(allowed, topology, index, folder / "other") as (_, bad), pytest.raises(InputError) as refused:
+        bad.meet(2)
     return str(refused.value)
 
 

@@ -1,10 +1,7 @@
 """Bad input to whole programs: exit code 2, one line that names what is wrong, nothing half-written."""
 
-import contextlib
-import resource
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from megatron_ext.config import InputError, run_program
 from megatron_ext.files import read_json_lines
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig, save_vision_tokenizer
 from tests.integration.fault_rows import ROWS, Row, preprocess, pretrain, text_tokenizer, tokenize
+from tests.support.full_disk import no_file_beyond
 from tests.support.small_run import write_small_run
 from tests.unit.data.samples import CODEBOOK_SIZE, write_tokenized_folder
 from tools import inspect_data
@@ -98,17 +96,6 @@ def test_the_table_is_long_enough():
     assert len(ROWS) >= 40
 
 
-@contextlib.contextmanager
-def full_disk(most_bytes: int) -> Iterator[None]:
-    """No file may grow past `most_bytes`: writing fails as on a full disk, with another number."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize(
     ("row", "most_bytes"),
     [
@@ -121,7 +108,7 @@ def full_disk(most_bytes: int) -> Iterator[None]:
 )  # fmt: skip
 def test_a_full_disk(row, most_bytes, workplace, tmp_path, capsys):
     (workplace / "long.txt").write_text("a cat sits on the mat\n\n" * 1000)
-    with full_disk(most_bytes):
+    with no_file_beyond(most_bytes):
         line = told(row, workplace, tmp_path / "out", capsys)
     assert not [name for name in row.names if name not in line], line
 

@@ -75,7 +75,7 @@ class TrainingMedia:
         self.config = config
         self._chunk_frames = chunk_frames
         self._rank, self._ranks, self._accumulation_steps = rank, ranks, accumulation_steps
-        self._index = read_inputs(config) if index is None else index
+        self._index = read_inputs(config.inputs, config.index_dir) if index is None else index
         self._order = BatchOrder(
             self._index, config, seed=seed, chunk_frames=chunk_frames, spatial_factor=spatial_factor
         )
@@ -245,13 +245,13 @@ def centred_square(sample: Sample, config: MediaConfig, chunk_frames: int, max_f
     ).frames_THWC
 
 
-def read_inputs(config: MediaConfig) -> MediaIndex:
+def read_inputs(inputs: list[str], index_dir: str | None) -> MediaIndex:
     """The index of all inputs, with a bar where that takes long.
 
     Raises:
         InputError: an input is missing or holds nothing; the index cannot be kept.
     """
-    return build_index(config.inputs, config.index_dir, shown)
+    return build_index(inputs, index_dir, _shown)
 
 
 def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
@@ -261,8 +261,7 @@ def _joined(parts: list[Future[list[Tensor]]]) -> Tensor:
 
 
 @contextlib.contextmanager
-def shown(label: str, total: int, unit: str) -> Iterator:
-    """A progress bar, of what takes long."""
+def _shown(label: str, total: int, unit: str) -> Iterator:
     if total < SHOWN_FROM:
         yield lambda count: None
     else:

@@ -26,9 +26,9 @@ def shared_index(config: MediaConfig, topology: Topology) -> MediaIndex:
         InputError: as `read_inputs`, on every rank.
     """
     if topology.world_size == 1:
-        return read_inputs(config)
+        return read_inputs(config.inputs, config.index_dir)
     with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(read_inputs, config) if topology.is_main else None
+        reading = pool.submit(read_inputs, config.inputs, config.index_dir) if topology.is_main else None
         while not topology.broadcast(reading is not None and bool(wait([reading], SIGN_OF_LIFE_S).done)):
             pass
     topology.from_main(lambda: len(reading.result()))

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from megatron_ext.config import InputError
 from megatron_ext.files import replacing
-from megatron_ext.media import MediaError, Sample, build_index
+from megatron_ext.media import MediaError, Sample
 from megatron_ext.vision import MoVQGAN, from_uint8, to_uint8
 from tokenizer_train.vision.codebook import perplexity
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.config_media import MediaConfig
-from tokenizer_train.vision.data import TrainingMedia, centred_square, shown
+from tokenizer_train.vision.data import TrainingMedia, centred_square, read_inputs
 from tokenizer_train.vision.perceptual import PerceptualDistance
 from tokenizer_train.vision.quality import SSIM_WINDOW, psnr, ssim
 
@@ -56,9 +56,9 @@ class HeldOut:
         to `say`.
 
         Raises:
-            InputError: as `build_index`, such as an input that is not there or holds nothing; none can be used.
+            InputError: as `read_inputs`, such as an input that is not there or holds nothing; none can be used.
         """
-        index = build_index(config.valid_inputs, config.index_dir, shown)
+        index = read_inputs(config.valid_inputs, config.index_dir)
         self._config, self._chunk_frames, self._say = config, chunk_frames, say
         self.pictures: list[Sample] = []
         self.clips: list[Sample] = []

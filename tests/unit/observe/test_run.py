@@ -1,8 +1,8 @@
 """The run folder: lines that survive a kill, a resume that leaves one line per step, ranks that stay silent."""
 
+import contextlib
 import io
 import json
-import resource
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.files import read_json_lines
 from megatron_ext.observe import Run
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, duration
+from tests.support.full_disk import no_file_beyond
 
 CONFIG = "train:\n  train_steps: 4\n"
 
@@ -85,16 +86,12 @@ def test_a_failure_is_an_event(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_the_lines_before_stay(tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     observe = ObserveConfig(run_dir=str(tmp_path), tensorboard=False)
-    try:
-        with pytest.raises(InputError, match=f"observe.run_dir: cannot write {tmp_path} .File too large.: make room"):
-            with Run.open(observe, True, CONFIG) as run:
-                run.log_metrics(line(1))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))  # no file may grow
-                run.log_metrics(line(2))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(InputError, match=f"observe.run_dir: cannot write {tmp_path} .File too large.: make room"):
+        with contextlib.ExitStack() as disk, Run.open(observe, True, CONFIG) as run:
+            run.log_metrics(line(1))
+            disk.enter_context(no_file_beyond(0))  # stays full while the run is closed
+            run.log_metrics(line(2))
     assert [record["step"] for record in read_json_lines(tmp_path / "metrics.jsonl")] == [1]
 
 

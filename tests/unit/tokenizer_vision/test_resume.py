@@ -1,15 +1,12 @@
 """A run whose process is killed, whose disk is full, that is told to stop, or that is configured otherwise."""
 
-import contextlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ import torch
 from megatron_ext.config import InputError
 from megatron_ext.files import read_json_lines
 from megatron_ext.vision import load_vision_tokenizer
+from tests.support.full_disk import no_file_beyond
 from tokenizer_train.vision import train
 
 ROOT = Path(__file__).parents[3]
@@ -171,17 +169,6 @@ def test_tensorboard_has_scalars_and_reconstructions(whole):
     board = EventAccumulator(str(whole / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
     assert [event.step for event in board.Scalars("loss")] == list(range(1, 31))
     assert [event.step for event in board.Images("reconstruction")] == [10, 20, 30]
-
-
-@contextlib.contextmanager
-def no_file_beyond(size: int) -> Iterator[None]:
-    """The system refuses to write more bytes into a file, as if the disk were full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_full_disk_is_one_line(tmp_path):

@@ -3,7 +3,6 @@
 import collections
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from PIL import Image
 from megatron_ext.config import InputError
 from megatron_ext.media import workers
 from tests.architecture.source import ROOT
+from tests.support.full_disk import no_file_beyond
 from tests.support.processes import children_of, is_running
 from tests.unit.vision.hanging import HangingDecoder
 from tests.unit.vision.tokenized import contents, skipped, tree
@@ -159,13 +159,9 @@ def test_killed_workers_change_nothing(arguments, tmp_path, monkeypatch):
 def test_a_full_disk(arguments, tmp_path, limit):
     """The system refuses to write more bytes into a file: the record of what it is made by; a shard."""
     tokenize_vision.main([*arguments, f"--output={tmp_path / 'whole'}"])
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        with pytest.raises(InputError, match=r"output: cannot write .* \(File too large\): make room"):
-            tokenize_vision.main(arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    refusal = r"output: cannot write .* \(File too large\): make room"
+    with no_file_beyond(limit), pytest.raises(InputError, match=refusal):
+        tokenize_vision.main(arguments)
     assert not list((tmp_path / "codes").rglob("*.tmp"))
     tokenize_vision.main(arguments)
     assert tree(tmp_path / "codes") == tree(tmp_path / "whole")
