@@ -53,10 +53,8 @@ def main() -> None:
     os.environ.setdefault("MASTER_PORT", "29514")
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    found = {
-        setting: loaded(setting, value, device)
-        for setting, value in (("lr", 0.2), ("min_lr", 0.01), ("adam_eps", 1e-3))
-    }
+    changes = {"lr": 0.2, "min_lr": 0.01, "adam_eps": 1e-3}
+    found = {setting: loaded(setting, value, device) for setting, value in changes.items()}
     for setting, what in found.items():
         print(f"{setting}: {what}")
     torch.distributed.destroy_process_group()
