@@ -38,15 +38,14 @@ def two(tmp_path_factory):
 
 def straight_and_resumed(folder, steps, pause, parallel=BUCKETS, **options):
     """Losses and gradient norms of both, and whether both ended with the same weights, master weights and moments."""
-    with training(folder / "unused", parallel, **options) as run:
+    with training(folder, parallel, **options) as run:
         assert_several_padded(run.optimizer)
-        straight, expected = run.steps(0, steps), run.copies()
-    with training(folder, parallel, **options) as run:
-        first = run.steps(0, pause)
+        straight = run.steps(0, pause)
         run.checkpoint.save(pause, {"step": pause})
+        straight += run.steps(pause, steps)
+        expected = run.copies()
     with training(folder, parallel, **options) as run:
-        state = run.checkpoint.load_latest()
-        resumed = first + run.steps(state["step"], steps)
+        resumed = straight[:pause] + run.steps(run.checkpoint.load_latest()["step"], steps)
         return straight, resumed, all(map(torch.equal, run.copies(), expected))
 
 
@@ -117,6 +116,11 @@ def test_resume_is_bitwise_on_the_same_layout(one, precision, optimizer_format):
     straight, resumed, same_state = one[f"{precision}-{optimizer_format}"]
     assert resumed == straight
     assert same_state
+
+
+def test_a_save_does_not_disturb_the_training(one):
+    straight, *_ = one["fp32-fully_reshardable"]
+    assert straight == one["straight"]
 
 
 @pytest.mark.parametrize("case", ["DP 2", "DP 2, dp_reshardable", "CP 2", "TP 2"])
