@@ -1,5 +1,6 @@
 """Pretraining of Emu3-style decoders on megatron-core: one room per noun (see docs/architecture.md)."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,19 @@ for message in (
     r".*we are deprecating ShardedTensor.*",
 ):
     warnings.filterwarnings("ignore", message=message)
+
+# What megatron-core 0.19 logs at every start, module by module, and why it does not concern a user of this project.
+for module, begins in (
+    # Its successor HybridModel serves mixtures of attention and state-space layers, which Emu3 has not.
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    # The layout that DDP computes by itself is the one it asks callers to compute with the same function.
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    # A layer spec that 0.16.1 takes as well; the MLP built from it is the same.
+    ("transformer.transformer_layer", "Rewrapping ModuleSpec with module"),
+):
+    logging.getLogger(f"megatron.core.{module}").addFilter(
+        lambda record, begins=begins: not record.getMessage().startswith(begins)
+    )
 
 
 class _WithoutCompiler(MetaPathFinder):
