@@ -8,8 +8,11 @@ INSTALLED := $(VENV)/installed
 
 # One thread per process: the multi-rank tests would otherwise fight for the cores. The quickstart sets its own.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
+# Each worker of the tests keeps one core and up to 2 GB of memory busy; the group of tests that start ranks, all cores.
+WORKERS ?= 2
+WORKERS_OF_TESTS := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-.PHONY: help check build test test-gpu test-slurm mutants soak quickstart clean
+.PHONY: help check build test test-fast test-gpu test-slurm mutants soak quickstart clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,8 +23,11 @@ check: $(INSTALLED) ## lint and formatting
 
 build: $(INSTALLED) ## the environment and the C++ extension
 
-test: $(INSTALLED) ## all CPU tests
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest
+test: $(INSTALLED) ## all CPU tests, in WORKERS=2 processes
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(WORKERS_OF_TESTS)
+
+test-fast: $(INSTALLED) ## those that take no seconds each, for the inner loop
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(WORKERS_OF_TESTS) -m "not gpu and not slurm and not slow"
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@nvidia-smi -L || { echo "error: make test-gpu needs a GPU; nvidia-smi finds none" >&2; exit 1; }
