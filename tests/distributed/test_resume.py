@@ -12,7 +12,6 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
-from tests.support.distributed import run_distributed
 from tests.support.training import training
 
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -20,15 +19,15 @@ CP2 = {"context_parallel_size": 2}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(ranks, tmp_path_factory):
     """What `alone` returns."""
-    return run_distributed(alone, 1, tmp_path_factory.mktemp("one"))[0]
+    return ranks.run(alone, 1, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(ranks, tmp_path_factory):
     """What `together` returns, of both ranks."""
-    return run_distributed(together, 2, tmp_path_factory.mktemp("two"))
+    return ranks.run(together, 2, tmp_path_factory.mktemp("two"))
 
 
 def straight_and_resumed(folder, steps, pause, **options):
