@@ -43,6 +43,6 @@ clean: ## remove the environment and build outputs; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info megatron_ext/data/*.so .pytest_cache .ruff_cache .hypothesis
 	find megatron_ext tokenizer_train tools tests examples -name __pycache__ -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml setup.py megatron_ext/data/_packing.cpp constraints-cpu.txt constraints-cuda.txt .ci/install
+$(INSTALLED): pyproject.toml setup.py megatron_ext/data/_clusters.cpp megatron_ext/data/_packing.cpp constraints-cpu.txt constraints-cuda.txt .ci/install
 	.ci/install "$(PYTHON)" "$(VENV)" "$(ACCELERATOR)"
 	@touch $@

@@ -99,6 +99,7 @@ def merged_report(reports: Sequence[Report]) -> Report:
         samples=sum(report.samples for report in reports),
         left_out=dict(sorted(left_out.items())),
         skipped=tuple(itertools.chain.from_iterable(report.skipped for report in reports)),
+        divided=tuple(itertools.chain.from_iterable(report.divided for report in reports)),
     )
 
 
