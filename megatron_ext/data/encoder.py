@@ -1,13 +1,7 @@
-"""From what was read to encoded documents of each split; in this process or in workers."""
+"""From what was read to encoded documents of each split."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 from megatron_ext.config import InputError
@@ -20,7 +14,6 @@ from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.shingles import text_signatures
 from megatron_ext.data.sources import MediaSample, parse_sample
 from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
-from megatron_ext.processes import end_with_parent
 from megatron_ext.vocab import Vocabulary
 
 TRAIN, VALID = "train", "valid"
@@ -129,44 +122,3 @@ def _without_bad(items: Iterable, result: Result) -> Iterator:
             result.bad.append((item.place, item.reason))
         else:
             yield item
-
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _begin(encoder: Encoder, parent: int) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    end_with_parent(parent)
-
-
-def _encode(batch: Batch) -> Result:
-    return _encoder.encode(batch)
-
-
-def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[Result]:
-    """The result of each batch, in their order.
-
-    Raises:
-        InputError: as `Encoder.encode`; a worker process was killed.
-    """
-    if workers == 1:
-        yield from map(encoder.encode, batches)
-        return
-    # Forked, so that the index of media and the held-out keys are shared, not copied.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (encoder, os.getpid()))
-    with contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending: deque = deque()
-        try:
-            for batch in batches:
-                pending.append(pool.submit(_encode, batch))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise InputError(
-                f"workers = {workers}: a worker process was killed; if memory ran out, give fewer workers; start again"
-            ) from None

@@ -12,33 +12,25 @@ Shapes: N samples, H held-out keys, R rows, M references of rows to samples.
 """
 
 import logging
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ext.config import InputError
 from megatron_ext.data.array_cache import cached_arrays, digest, stamp
 from megatron_ext.data.drafts import ROW_FIELDS, media_keys
 from megatron_ext.data.draws import content_hash, draw, key_hashes
+from megatron_ext.data.forked import map_forked
 from megatron_ext.data.near_duplicates import PictureClusters, picture_clusters
 from megatron_ext.data.sources import TokenizedFolder, TokenizedShard
 from megatron_ext.media.texts import BadText, read_rows
-from megatron_ext.processes import end_with_parent
 
 HELD_OUT_VERSION = 1
 """Raised whenever the same inputs give other sides."""
 
 CACHE = "preprocess_cache"
 """Folder beside the datasets."""
-
-Item = TypeVar("Item")
-Found = TypeVar("Found")
 
 _log = logging.getLogger(__name__)
 
@@ -174,8 +166,8 @@ def find_held_out(
 
     def build() -> dict[str, np.ndarray]:
         _log.warning("reading %d tars and %d files of rows to divide them: once, for all shards", len(tars), len(rows))
-        media = Media.join(list(_each(_see_tar, tars, workers)))
-        references = References.join(list(_each(_see_rows, rows, workers)))
+        media = Media.join(list(map_forked(_see_tar, tars, workers)))
+        references = References.join(list(map_forked(_see_rows, rows, workers)))
         return {"keys": held_out_keys(media, references, clusters, fraction)}
 
     arrays = cached_arrays(
@@ -198,18 +190,3 @@ def _see_rows(path: Path) -> References:
     named = [keys for keys in map(media_keys, rows) if keys]
     counts_R = np.array([len(keys) for keys in named], dtype=np.int64)
     return References(key_hashes([key for keys in named for key in keys]), counts_R)
-
-
-def _each(see: Callable[[Item], Found], items: Sequence[Item], workers: int) -> Iterator[Found]:
-    """What `see` finds in each, in their order."""
-    if workers == 1 or len(items) < 2:
-        yield from map(see, items)
-        return
-    context = multiprocessing.get_context("fork")
-    try:
-        with ProcessPoolExecutor(min(workers, len(items)), context, end_with_parent, (os.getpid(),)) as pool:
-            yield from pool.map(see, items)
-    except BrokenProcessPool:
-        raise InputError(
-            f"workers = {workers}: a worker process was killed; if memory ran out, give fewer workers; start again"
-        ) from None

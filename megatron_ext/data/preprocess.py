@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import BadSamples, InputError
-from megatron_ext.data.encoder import TRAIN, VALID, Encoder, encode_all
+from megatron_ext.data.encoder import TRAIN, VALID, Encoder
+from megatron_ext.data.forked import map_forked
 from megatron_ext.data.held_out import CACHE, find_held_out
 from megatron_ext.data.inputs import Inputs, Unit, deal, read_batches
 from megatron_ext.data.manifest import dataset_path, is_whole, publish
@@ -210,9 +211,10 @@ class Work:
     def _write(self, encoder: Encoder, writers: dict[str, DocumentWriter], on_read: Callable[[int], None]) -> Report:
         bad, samples, left_out = BadSamples(self.config.max_bad_fraction), 0, Counter()
         divided: list[tuple[str, str]] = []
+        batches = read_batches(self.units, self.config, on_read)
         known = [unit.samples for unit in self.units]
         total = None if None in known else sum(known)
-        for result in encode_all(read_batches(self.units, self.config, on_read), encoder, self.config.workers):
+        for result in map_forked(encoder.encode, batches, self.config.workers):
             for split, documents in result.documents.items():
                 writers[split].add_encoded(documents)
             samples += result.samples
