@@ -61,5 +61,5 @@ clean: ## remove the environment and build outputs; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info megatron_ext/data/*.so .pytest_cache .ruff_cache .hypothesis
 	find megatron_ext tokenizer_train tools tests examples -name __pycache__ -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml setup.py megatron_ext/data/_packing.cpp constraints-cpu.txt constraints-cuda.txt .ci/install .ci/cpu_torch.py
+$(INSTALLED): pyproject.toml setup.py $(wildcard megatron_ext/data/*.cpp) constraints-cpu.txt constraints-cuda.txt .ci/install .ci/cpu_torch.py
 	.ci/install "$(PYTHON)" "$(VENV)" "$(ACCELERATOR)" "$(TORCH)"
