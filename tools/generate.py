@@ -5,7 +5,6 @@ python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer 
 """
 
 import contextlib
-import glob
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.files import replacing
+from megatron_ext.files import files_named, replacing, text_of
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -197,7 +196,7 @@ def write_captions(config: GenerateConfig, models: Models) -> list[dict[str, Any
     """Describe each picture; returns the entries of results.json."""
     from megatron_ext.generate import captioning_prompt
 
-    files = [file for pattern in config.image for file in _files(pattern, "image")]
+    files = [str(file) for pattern in config.image for file in files_named(pattern, "image")]
     prompts = []
     for number, file in enumerate(files):
         codes_HW = _encode(file, config, models)
@@ -244,20 +243,12 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
 
 def _captions(config: GenerateConfig) -> list[str]:
     lines = []
-    for file in _files(config.captions_file, "captions_file") if config.captions_file is not None else []:
+    for file in files_named(config.captions_file, "captions_file") if config.captions_file is not None else []:
         try:
-            lines += Path(file).read_text(encoding="utf-8").splitlines()
+            lines += text_of(file.read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"captions_file {file!r}: {error}") from None
+            raise InputError(f"captions_file {str(file)!r}: {error}") from None
     return [*config.caption, *(line.strip() for line in lines if line.strip())]
-
-
-def _files(pattern: str, field: str) -> list[str]:
-    """Files that a glob pattern names, in order."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise InputError(f"{field} {pattern!r}: no such file")
-    return files
 
 
 def _grid(config: GenerateConfig, models: Models) -> Grid:

@@ -99,7 +99,7 @@ def test_captions_of_folders_and_tars(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("none.txt", None, "input .* matches no file"),
+        ("none.txt", None, "input .*none.txt' is missing"),
         ("broken.txt.gz", b"no", "cannot read text .*broken.txt.gz: Not a gzipped file"),
     ],
 )

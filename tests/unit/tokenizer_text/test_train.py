@@ -148,13 +148,15 @@ def test_same_texts_same_bytes(corpus: Path, tmp_path: Path) -> None:
     "options, message",
     [
         ({"vocab_size": 100000}, r"vocab_size 100000 is too large for this corpus: use at most \d+"),
-        ({"vocab_size": 100}, r"vocab_size 100 is too small: .* are \d+ pieces"),
+        ({"vocab_size": 270}, r"vocab_size 270 is too small: .* are \d+ pieces"),
+        *(({"vocab_size": size}, rf"vocab_size is {size}: give 270..16,777,216; ") for size in (-5, 0, 269, 10**11)),
+        ({"output": "/dev/null/text.model"}, "output: cannot write /dev/null/text.model .Not a directory"),
         ({"character_coverage": 0.5}, "character_coverage 0.5 is outside"),
         ({"model_type": "word"}, "model_type"),
         ({"held_out_fraction": 1}, "held_out_fraction is 1"),
         ({"sample_bytes": 0}, "sample_bytes is 0: give 1..2,000,000,000 bytes"),
         ({"input": "[]"}, "input and captions are both empty"),
-        ({"captions": "[none/*.tar]"}, "captions 'none/\\*.tar' matches nothing"),
+        ({"captions": "[none/*.tar]"}, "captions 'none/\\*.tar' matches no file and no folder"),
     ],
 )
 def test_bad_options(corpus: Path, tmp_path: Path, options: dict, message: str) -> None:
