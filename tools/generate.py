@@ -179,7 +179,7 @@ def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
     """Write a PNG per caption, for clips a GIF; returns the entries of results.json."""
     from megatron_ext.generate import drawing_prompt
 
-    captions = _captions(config)
+    captions = captions_of(config)
     grid = _grid(config, models)
     prompts = [
         drawing_prompt(caption, grid, models.vocab, negative_prompt=config.negative_prompt, sample=number)
@@ -196,7 +196,7 @@ def write_captions(config: GenerateConfig, models: Models) -> list[dict[str, Any
     """Describe each picture; returns the entries of results.json."""
     from megatron_ext.generate import captioning_prompt
 
-    files = [str(file) for pattern in config.image for file in files_named(pattern, "image")]
+    files = pictures_of(config)
     prompts = []
     for number, file in enumerate(files):
         codes_HW = _encode(file, config, models)
@@ -241,7 +241,8 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
     return file.name
 
 
-def _captions(config: GenerateConfig) -> list[str]:
+def captions_of(config: GenerateConfig) -> list[str]:
+    """The captions to draw. Raises InputError: a file that is missing, or not UTF-8."""
     lines = []
     for file in files_named(config.captions_file, "captions_file") if config.captions_file is not None else []:
         try:
@@ -249,6 +250,11 @@ def _captions(config: GenerateConfig) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"captions_file {str(file)!r}: {error}") from None
     return [*config.caption, *(line.strip() for line in lines if line.strip())]
+
+
+def pictures_of(config: GenerateConfig) -> list[str]:
+    """The picture files to caption. Raises InputError: one that is missing."""
+    return [str(file) for pattern in config.image for file in files_named(pattern, "image")]
 
 
 def _grid(config: GenerateConfig, models: Models) -> Grid:
