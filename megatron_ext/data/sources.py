@@ -142,7 +142,7 @@ class TokenizedFolder:
     def key_of(raw: RawSample) -> str:
         """Raises InputError: a damaged sample."""
         try:
-            return str(json.loads(raw.parts["json"])["key"])
+            return str(parse_json(raw.parts["json"])["key"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(raw, error) from None
 

@@ -78,8 +78,8 @@ def _about_rounding(source: Source, dtype: torch.dtype) -> list[str]:
     if not narrow:
         return []
     return [
-        f"The decoder's weights are the rounded ones ({', '.join(narrow)}): the checkpoint has no fp32 master weights by "
-        "name, as checkpoint.optimizer_format fully_reshardable saves them."
+        f"The decoder's weights are the rounded ones ({', '.join(narrow)}): the checkpoint has no fp32 master weights "
+        "by name, as checkpoint.optimizer_format fully_reshardable saves them."
     ]
 
 
