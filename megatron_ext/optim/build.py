@@ -110,8 +110,8 @@ def build_optimizer(
     Raises:
         InputError: the schedule contradicts itself, or the precision cannot be trained in on this device.
     """
-    precision = "fp32" if topology.dtype == torch.float32 else "bf16"
-    for fault in (schedule_fault(optim, steps), precision_fault(precision, on_gpu=topology.device.type != "cpu")):
+    on_gpu = topology.device.type != "cpu"
+    for fault in (schedule_fault(optim, steps), precision_fault(topology.precision.name, on_gpu=on_gpu)):
         if fault:
             raise InputError(fault)
     wrapped = DistributedDataParallel(

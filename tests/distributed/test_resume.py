@@ -14,7 +14,6 @@ import torch
 from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
 from tests.support.decoding import assert_several_padded
-from tests.support.distributed import run_distributed
 from tests.support.training import training
 
 BUCKETS = {"overlap_grad_reduce": True, "bucket_size": 2000}
@@ -25,15 +24,15 @@ ONE_BUCKET: dict = {}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(ranks, tmp_path_factory):
     """What `alone` returns."""
-    return run_distributed(alone, 1, tmp_path_factory.mktemp("one"))[0]
+    return ranks.run(alone, 1, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(ranks, tmp_path_factory):
     """What `together` returns, of both ranks."""
-    return run_distributed(together, 2, tmp_path_factory.mktemp("two"))
+    return ranks.run(together, 2, tmp_path_factory.mktemp("two"))
 
 
 def straight_and_resumed(folder, steps, pause, parallel=BUCKETS, **options):
