@@ -120,6 +120,7 @@ def build_optimizer(
             use_distributed_optimizer=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.bucket_size,
             grad_reduce_in_fp32=True,
         ),
         module=model,
