@@ -19,6 +19,7 @@ from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.observe import Run
 from megatron_ext.resilience import Stopping, StopRequest
 from megatron_ext.runtime import Topology
+from megatron_ext.runtime.arithmetic import full_fp32
 from megatron_ext.runtime.faults import is_told_here
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig, VisionTrainConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -48,6 +49,7 @@ def train(config: VisionTokenizerTrainingConfig) -> None:
             environment=topology.environment,
         ) as run,
         contextlib.closing(_media(config, topology)) as media,
+        full_fp32(),
     ):
         trainer = Trainer(config, media, run, topology)
         trainer.resume()
