@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, logging
 
 from megatron_ext.config import InputError
+from megatron_ext.runtime.arithmetic import full_fp32
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, of the channels (github.com/openai/CLIP, clip/clip.py, `_transform`)."""
@@ -69,6 +70,7 @@ class AestheticPredictor(nn.Module):
         """`forward` of arrays: [B] float32."""
         return self(torch.from_numpy(squares_BHWC)).cpu().numpy()
 
+    @full_fp32()
     @torch.inference_mode()
     def forward(self, squares_BHWC: Tensor) -> Tensor:
         """[B] scores, about 1 to 10, of uint8 pictures made by `pictures.clip_square`."""
