@@ -224,8 +224,8 @@ def test_pictures_in_the_rows_of_a_parquet_file(folder):
     with pytest.raises(MediaError, match="00000.parquet has no row 9 with a picture or clip"):
         other.media.read()
     whole = bytearray(path.read_bytes())
-    at = whole.index(b"one") - 4
-    whole[at : at + 4] = b"\xff\xff\xff\x7f"
+    at = whole.index(b"\3\0\0\0one")
+    whole[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of the first picture
     path.write_bytes(whole)
     with pytest.raises(MediaError, match="cannot read pictures of .*00000.parquet"):
         Extent(path=path, offset=0, size=3, stamp=7).read()
