@@ -138,6 +138,14 @@ class TokenizedFolder:
         except (OSError, tarfile.TarError, StopIteration) as error:
             raise InputError(f"cannot read shard {path} ({error}): tokenize again") from None
 
+    @staticmethod
+    def key_of(raw: RawSample) -> str:
+        """Raises InputError: a damaged sample."""
+        try:
+            return str(parse_json(raw.parts["json"])["key"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(raw, error) from None
+
     def parse(self, raw: RawSample) -> MediaSample:
         """Raises InputError: a damaged sample, or a code outside the codebook."""
         return parse_sample(raw, self.codebook_size)
@@ -151,10 +159,14 @@ def parse_sample(raw: RawSample, codebook_size: int) -> MediaSample:
         key, kind, captions = str(facts["key"]), facts["kind"], tuple(facts["captions"])
         media = Image(codes) if kind == "image" else Video(codes, facts["frame_rate_mhz"], facts["duration_ms"])
     except (KeyError, TypeError, ValueError) as error:  # ValueError: JSON, npy, and InputError of Image and Video
-        raise InputError(f"{raw.place} is damaged ({error!r}): tokenize again") from None
+        raise _damaged(raw, error) from None
     if codes.max() >= codebook_size:
         raise InputError(f"{raw.place} has visual code {codes.max()}, the codebook has {codebook_size}: tokenize again")
     return MediaSample(key, media, captions)
+
+
+def _damaged(raw: RawSample, error: Exception) -> InputError:
+    return InputError(f"{raw.place} is damaged ({error!r}): tokenize again")
 
 
 def _raw_samples(path: Path, file: BinaryIO) -> Iterator[RawSample]:
