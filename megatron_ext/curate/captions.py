@@ -17,6 +17,7 @@ import numpy as np
 from megatron_ext.config import InputError
 from megatron_ext.curate.spans import cut_evenly, evenly_spaced
 from megatron_ext.media import MediaError, Sample, decode_picture
+from megatron_ext.media.video import Video
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from megatron_ext.curate.scenes import ScenesConfig, Span, split
 from megatron_ext.curate.text import text_share
 from megatron_ext.curate.verdict import Judgement, at_least, at_most, within
 from megatron_ext.media import MediaError, Sample, readable_name
+from megatron_ext.media.video import Video
 
 FILTERS = ("resolution", "duration", "motion", "text", "aesthetic")
 """In the order in which they are asked: the cheapest first."""
