@@ -14,6 +14,7 @@ from types import TracebackType
 import av
 import numpy as np
 
+from megatron_ext.config import reason_of
 from megatron_ext.media import MediaError
 from megatron_ext.media.clips import MAX_FRAME_RATE
 from megatron_ext.media.pictures import MAX_PIXELS
@@ -199,4 +200,4 @@ def _faults() -> Iterator[None]:
     except (MediaError, MemoryError):
         raise
     except Exception as error:
-        raise MediaError(f"not a readable video ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable video ({reason_of(error)})") from None

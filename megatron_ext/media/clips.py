@@ -11,6 +11,7 @@ from typing import TypeVar
 import av
 import numpy as np
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import MAX_PIXELS
 
@@ -64,7 +65,7 @@ def decode_clip(
     except (MediaError, MemoryError):
         raise
     except Exception as error:  # FFmpeg's errors are many classes, and PyAV adds ValueError and OSError
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable clip ({reason_of(error)})") from None
     count = len(frames) // multiple * multiple
     if not count:
         raise MediaError(f"{len(frames)} frames at {rate:g} a second: at least {multiple} are needed")
@@ -94,7 +95,7 @@ def decode_frames(data: bytes, numbers: Sequence[int]) -> np.ndarray:
     except (MediaError, MemoryError):
         raise
     except Exception as error:  # as in decode_clip
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable clip ({reason_of(error)})") from None
     missing = [number for number in numbers if number not in found]
     if missing:
         raise MediaError(f"the clip ends before its frame {missing[0]}")

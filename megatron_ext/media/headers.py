@@ -6,6 +6,7 @@ from typing import BinaryIO
 import av
 from PIL import Image, UnidentifiedImageError
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.clips import MAX_FRAME_RATE
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import FORMATS, MAX_PIXELS
@@ -68,7 +69,7 @@ def _picture_header(file: BinaryIO) -> Header:
     except UnidentifiedImageError:
         raise MediaError("not a readable picture (none of the formats " + ", ".join(FORMATS) + ")") from None
     except Exception as error:  # as in decode_picture: damage makes Pillow raise many classes
-        raise MediaError(f"not a readable picture ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable picture ({reason_of(error)})") from None
     return Header(height=height, width=width, codec=codec)
 
 
@@ -94,7 +95,7 @@ def _clip_header(file: BinaryIO) -> Header:
     except (MediaError, MemoryError):
         raise
     except Exception as error:  # FFmpeg's errors are many classes, and PyAV adds ValueError and OSError
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable clip ({reason_of(error)})") from None
     if not 0 < rate <= MAX_FRAME_RATE:
         raise MediaError(f"frame rate {rate:g} is not usable")
     codec += "-other" if turns else ""

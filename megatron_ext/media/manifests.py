@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, captions_in
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class ParquetManifest:
         try:
             self._file = pyarrow.parquet.ParquetFile(path)
         except pyarrow.ArrowInvalid as error:
-            raise InputError(f"cannot read manifest {path}: {' '.join(str(error).split())}") from None
+            raise InputError(f"cannot read manifest {path}: {reason_of(error)}") from None
         names = self._file.schema_arrow.names
         if "path" not in names:
             raise InputError(f"manifest {path} has no column path; it has {', '.join(names)}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 
 TextUnit = Literal["line", "paragraph", "file"]
 """What of a plain text file is one document; a paragraph ends at an empty line."""
@@ -107,7 +107,7 @@ def _naming(path: Path) -> Iterator[None]:
     except InputError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip raises the first three, pyarrow ValueErrors
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        reason = reason_of(error)
         raise InputError(f"cannot read text {path}: {reason}") from None
 
 
