@@ -26,7 +26,7 @@ def one_line(text: str) -> str:
 def reason_of(error: BaseException | str, longest: int = LONGEST_REASON) -> str:
     """What a library says, in its exception or as text: words of one line, at most `longest` characters of them, cut
     between two words. What the system says of a file stands without the path, which our message names."""
-    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    said = getattr(error, "strerror", None) or str(error)  # FFmpeg's errors have it, too
     if found := _UNPICKLER.search(said):
         said = found[1]
     words = " ".join(one_line(said).split()) or type(error).__name__
