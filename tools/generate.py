@@ -5,7 +5,6 @@ python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer 
 """
 
 import contextlib
-import glob
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.files import replacing
+from megatron_ext.files import files_named, replacing, text_of
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -180,7 +179,7 @@ def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
     """Write a PNG per caption, for clips a GIF; returns the entries of results.json."""
     from megatron_ext.generate import drawing_prompt
 
-    captions = _captions(config)
+    captions = captions_of(config)
     grid = _grid(config, models)
     prompts = [
         drawing_prompt(caption, grid, models.vocab, negative_prompt=config.negative_prompt, sample=number)
@@ -197,7 +196,7 @@ def write_captions(config: GenerateConfig, models: Models) -> list[dict[str, Any
     """Describe each picture; returns the entries of results.json."""
     from megatron_ext.generate import captioning_prompt
 
-    files = [file for pattern in config.image for file in _files(pattern, "image")]
+    files = pictures_of(config)
     prompts = []
     for number, file in enumerate(files):
         codes_HW = _encode(file, config, models)
@@ -242,22 +241,20 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
     return file.name
 
 
-def _captions(config: GenerateConfig) -> list[str]:
+def captions_of(config: GenerateConfig) -> list[str]:
+    """The captions to draw. Raises InputError: a file that is missing, or not UTF-8."""
     lines = []
-    for file in _files(config.captions_file, "captions_file") if config.captions_file is not None else []:
+    for file in files_named(config.captions_file, "captions_file") if config.captions_file is not None else []:
         try:
-            lines += Path(file).read_text(encoding="utf-8").splitlines()
+            lines += text_of(file.read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"captions_file {file!r}: {error}") from None
+            raise InputError(f"captions_file {str(file)!r}: {error}") from None
     return [*config.caption, *(line.strip() for line in lines if line.strip())]
 
 
-def _files(pattern: str, field: str) -> list[str]:
-    """Files that a glob pattern names, in order."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise InputError(f"{field} {pattern!r}: no such file")
-    return files
+def pictures_of(config: GenerateConfig) -> list[str]:
+    """The picture files to caption. Raises InputError: one that is missing."""
+    return [str(file) for pattern in config.image for file in files_named(pattern, "image")]
 
 
 def _grid(config: GenerateConfig, models: Models) -> Grid:

@@ -4,6 +4,8 @@ parallelism. Names are megatron-core's."""
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.config.errors import InputError
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -28,6 +30,10 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass already runs; needs overlap_grad_reduce."""
 
+    bucket_size: int | None = None
+    """Parameters of a tensor rank that are reduced together, at least, with overlap_grad_reduce; null: megatron-core's
+    own, the larger of 40 million and a million per data rank."""
+
     recompute_granularity: Literal["selective", "full"] | None = None
     """What the backward pass computes again instead of keeping: core attention, whole layers, or (empty) nothing."""
 
@@ -37,3 +43,14 @@ class ParallelConfig:
 
     recompute_num_layers: int | None = None
     """With granularity full: layers per recomputed unit (uniform) or recomputed layers (block)."""
+
+    def __post_init__(self) -> None:
+        if self.bucket_size is not None and self.bucket_size < 1:
+            raise InputError(
+                f"parallel.bucket_size {self.bucket_size}: must be at least 1; null is megatron-core's own size"
+            )
+        if self.bucket_size is not None and not self.overlap_grad_reduce:
+            raise InputError(
+                f"parallel.bucket_size {self.bucket_size} with parallel.overlap_grad_reduce false, which reduces all "
+                "gradients at once: set parallel.overlap_grad_reduce to true, or leave the size out"
+            )

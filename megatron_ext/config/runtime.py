@@ -18,9 +18,10 @@ class RuntimeConfig:
     device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible (NCCL), else the CPU (gloo)."""
 
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "fp32"
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer, fp8 is bf16 with the layers'
-    matrix products in 8 bits (GPU with Transformer Engine)."""
+    matrix products in 8 bits (GPU with Transformer Engine); auto is what the run began with, for a new run bf16 on a
+    GPU and on a CPU that multiplies it, else fp32."""
 
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How precision fp8 scales: one current scale per tensor (Hopper and later), one per block of 128 x 128 (Hopper),

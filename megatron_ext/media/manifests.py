@@ -16,7 +16,6 @@ Other columns are passed over. Rows stay in their order.
 import bisect
 import functools
 import itertools
-import json
 import os
 from array import array
 from collections.abc import Mapping
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import InputError
+from megatron_ext.files import parse_json, reading, suffix_of
+from megatron_ext.media.groups import caption_suffixes
 from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, captions_in
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ _COLUMNS = ("path", "key", "captions", "offset", "size", "kind", "source", "verd
 
 def open_manifest(path: Path) -> "JsonManifest | ParquetManifest":
     """Raises InputError: it cannot be read, or is a Parquet file without a column `path`."""
-    try:
-        return ParquetManifest(path) if path.suffix == ".parquet" else JsonManifest(path)
-    except OSError as error:
-        raise InputError(f"cannot read manifest {path}: {error.strerror or error}") from None
+    with reading(path, "manifest"):
+        return ParquetManifest(path) if suffix_of(path) == "parquet" else JsonManifest(path)
 
 
 class JsonManifest:
@@ -61,7 +60,7 @@ class JsonManifest:
 
     def entries(self, first: int, stop: int) -> list[Sample | Fault]:
         """What rows `first` to `stop` - 1 name."""
-        with self._path.open("rb") as file:
+        with reading(self._path, "manifest"), self._path.open("rb") as file:
             file.seek(self._starts[first])
             lines = [file.readline() for _ in range(first, min(stop, len(self)))]
         found = (
@@ -78,10 +77,7 @@ class ParquetManifest:
         import pyarrow.parquet
 
         self._path = path
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"cannot read manifest {path}: {' '.join(str(error).split())}") from None
+        self._file = pyarrow.parquet.ParquetFile(path)
         names = self._file.schema_arrow.names
         if "path" not in names:
             raise InputError(f"manifest {path} has no column path; it has {', '.join(names)}")
@@ -109,14 +105,15 @@ class ParquetManifest:
 
     def _group(self, number: int) -> "pyarrow.Table":
         if self._held is None or self._held[0] != number:
-            self._held = (number, self._file.read_row_group(number, columns=self._columns))
+            with reading(self._path, "manifest"):
+                self._held = (number, self._file.read_row_group(number, columns=self._columns))
         return self._held[1]
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        fields = json.loads(line.decode("utf-8"))
-    except ValueError:  # of which UnicodeDecodeError and JSONDecodeError are kinds
+        fields = parse_json(line)
+    except ValueError:
         return None
     return fields if isinstance(fields, dict) else None
 
@@ -157,7 +154,7 @@ def _source(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def _kind_of(name: str) -> str | None:
-    return KINDS.get(name.rpartition(".")[2].lower())
+    return KINDS.get(suffix_of(name))
 
 
 def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple[Extent, dict[str, Extent | None]]:
@@ -169,10 +166,10 @@ def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple
             raise ValueError(f"offset {offset}, size {size}")
         return Extent(path=path, offset=int(offset), size=int(size), stamp=_stamp(path)), beside
     if not has_captions:
-        stem = path.name.partition(".")[0]
-        for role, suffix in (("text", "txt"), ("fields", "json")):
-            file = path.with_name(f"{stem}.{suffix}")
-            beside[role] = _whole(file) if file.is_file() else None
+        stem, _, suffix = path.name.partition(".")
+        for field, suffixes in caption_suffixes(suffix.lower()).items():
+            files = (path.with_name(f"{stem}.{each}") for each in suffixes)
+            beside[field] = next((_whole(file) for file in files if file.is_file()), None)
     return _whole(path), beside
 
 

@@ -1,12 +1,12 @@
 """A picture or a clip with its captions: where its bytes are, and how they are read."""
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ext.files import parse_json, text_of
 from megatron_ext.media.errors import MediaError
 
 KINDS = {
@@ -128,7 +128,7 @@ class Sample:
         found: list[str] = list(self.given)
         if self.text:
             try:
-                found.append(self.text.read().decode("utf-8"))
+                found.append(text_of(self.text.read()))
             except UnicodeDecodeError as error:
                 raise MediaError(f"its captions are unreadable: {error}") from None
         if self.fields:
@@ -162,12 +162,12 @@ def json_captions(content: bytes) -> list[str]:
         MediaError: not a JSON object in UTF-8, or a caption with a lone surrogate, which no file could hold.
     """
     try:
-        fields = json.loads(content.decode("utf-8"))
+        fields = parse_json(content)
         if not isinstance(fields, dict):
-            raise MediaError("its captions are unreadable: not a JSON object")
+            raise ValueError("not a JSON object")
         found = captions_in(fields)
         "".join(found).encode("utf-8")
-    except (UnicodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of which those about JSON and Unicode are kinds
         raise MediaError(f"its captions are unreadable: {error}") from None
     return found
 

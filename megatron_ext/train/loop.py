@@ -177,9 +177,8 @@ class Trainer:
                 f"step {state.step + 1} is bad and there is no checkpoint to rewind to: set resilience.on_bad_step to "
                 "skip, or save earlier (checkpoint.save_interval)"
             )
-        before = TrainState.from_dict(saved)
         begin = end - self.resilience.pass_over_batches * self.train.batch_size_after(state.consumed_samples)
-        rewound = before.pass_over(max(begin, before.consumed_samples), end)
+        rewound = state.rewind(TrainState.from_dict(saved), begin, end)
         self.run.forget_after(rewound.step)
         self.run.log_event("rewind", step=rewound.step, passed_over=[list(pair) for pair in rewound.passed_over])
         return rewound

@@ -169,12 +169,15 @@ def verify(config: RunConfig, world_size: int, steps: int, layout: VocabLayout, 
     Raises:
         InputError: a precision whose rounding is too coarse to compare, or a layout that cannot be.
     """
-    if config.runtime.precision not in BOUNDS:
+    if config.runtime.precision not in (*BOUNDS, "auto"):
         raise InputError(
             f"runtime.precision {config.runtime.precision} rounds so coarsely that a wrong layout would not show: "
             "verify with --runtime.precision bf16, the layout is the same"
         )
     check_layout(config.parallel, world_size)
+    if config.runtime.precision == "auto":  # rank 0 settles it, for the process alone as well
+        with Topology.start(config.runtime, config.parallel) as topology:
+            config = config.computing_in(topology.precision.name)
     small = narrow(config, world_size, steps)
     with Topology.alone(small.runtime) as topology:
         plain = dataclasses.replace(small, parallel=ParallelConfig())

@@ -20,11 +20,25 @@ import sentencepiece
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, load, run_program
-from megatron_ext.files import replacing, writing
+from megatron_ext.files import check_writable, replacing, suffix_of, writing
 from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
+from megatron_ext.vocab.text import SPACE_MARK
 from tokenizer_train.text.corpus import Corpus, CorpusFiles, sample_corpus
 from tokenizer_train.text.measure import as_records, measure, table
+
+# What a vocabulary demands of its text tokenizer, whether the corpus has it or not: a prose of Chinese has no space.
+_REQUIRED = META_CHARACTERS + SPACE_MARK
+
+# <unk>, 256 bytes, what is required, and one character of the corpus.
+_SMALLEST_VOCABULARY = 257 + len(_REQUIRED) + 1
+_LARGEST_VOCABULARY = 1 << 24
+
+# SentencePiece leaves out every line with this character, its own mark of what it does not know.
+_UNKNOWN_MARK = "\u2585"
+
+# A corpus of nothing else has no character for SentencePiece to train on.
+_UNTRAINABLE = frozenset(_REQUIRED + _UNKNOWN_MARK + " \t\0")
 
 # Fixed, not the machine's: unigram training adds up its threads' partial sums, so their number shows in the model.
 _NUM_THREADS = 16
@@ -79,6 +93,11 @@ class TextTokenizerTrainConfig:
     def __post_init__(self) -> None:
         if not self.input and not self.captions:
             raise InputError("input and captions are both empty: give at least one pattern")
+        if not _SMALLEST_VOCABULARY <= self.vocab_size <= _LARGEST_VOCABULARY:
+            raise InputError(
+                f"vocab_size is {self.vocab_size}: give {_SMALLEST_VOCABULARY}..{_LARGEST_VOCABULARY:,}; bytes, <unk>, "
+                f"space, digits and `*` alone are {_SMALLEST_VOCABULARY - 1}"
+            )
         if not 0 <= self.held_out_fraction < 1:
             raise InputError(f"held_out_fraction is {self.held_out_fraction}: give a share of at least 0 and below 1")
         for name in ("sample_bytes", "held_out_bytes"):
@@ -86,7 +105,7 @@ class TextTokenizerTrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}: give 1..{_LARGEST_SAMPLE:,} bytes")
         if not 0.98 <= self.character_coverage <= 1:
             raise InputError(f"character_coverage {self.character_coverage} is outside SentencePiece's 0.98..1")
-        if Path(self.output).suffix == ".json":
+        if suffix_of(self.output) == "json":
             raise InputError(f"output {self.output!r} would be overwritten by its report: name it .model")
 
 
@@ -94,13 +113,17 @@ def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> byt
     """Content of the model file.
 
     Raises:
-        InputError: vocab_size does not suit the corpus; the message says which size does.
+        InputError: vocab_size does not suit the corpus, and the message says which size does; SentencePiece refuses
+            the corpus.
     """
+    sentences = [part for line in lines for part in line.split(_UNKNOWN_MARK) if part]
+    if all(_UNTRAINABLE.issuperset(sentence) for sentence in sentences):
+        raise InputError("input: its documents hold digits, spaces and control characters alone: give text to train on")
     model = io.BytesIO()
     try:
         with _interruptible():
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
+                sentence_iterator=iter(sentences),
                 model_writer=model,
                 vocab_size=config.vocab_size,
                 model_type=config.model_type,
@@ -110,14 +133,14 @@ def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> byt
                 remove_extra_whitespaces=False,
                 split_digits=True,
                 byte_fallback=True,
-                required_chars=META_CHARACTERS,
+                required_chars=_REQUIRED,
                 # No control pieces: a document's structure is the layout's special tokens, never the text tokenizer's.
                 unk_id=0,
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                # Longer lines would be left out without a word.
-                max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+                # Longer lines would be left out without a word; below 10 is refused.
+                max_sentence_length=max(10, 1 + max(len(sentence.encode()) for sentence in sentences)),
                 shuffle_input_sentence=False,
                 num_threads=_NUM_THREADS,
                 minloglevel=2,
@@ -132,6 +155,10 @@ def main(argv: list[str]) -> None:
     config = load(TextTokenizerTrainConfig, argv, prog="python -m tokenizer_train.text.train")
     output = Path(config.output)
     files = CorpusFiles.find(config.input, config.captions)
+    # All that could refuse the result is asked before the work, and the model is written as soon as there is one.
+    for path in (output, output.with_suffix(".json")):
+        check_writable(path, "output")
+    qwen = QwenTokenizer() if config.held_out_fraction else None
     corpus = _read(files, config)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)
     started = time.monotonic()
@@ -141,14 +168,14 @@ def main(argv: list[str]) -> None:
 
     tokenizer = SentencePieceTokenizer(model)
     Vocabulary(VocabLayout.custom(text_size=tokenizer.size, codebook_size=1), tokenizer)
-    rows = measure({"this model": tokenizer, "Qwen (Emu3's)": QwenTokenizer()}, corpus.held_out)
+    _write(output, model)
+    rows = measure({"this model": tokenizer, "Qwen (Emu3's)": qwen}, corpus.held_out) if qwen else []
     for line in table(rows) if rows else ["held out: no document, so nothing is measured"]:
         print(line, flush=True)
     report = _report(config, corpus, files, tokenizer) | {
         "train_seconds": round(seconds, 2),
         "held_out": as_records(rows),
     }
-    _write(output, model)
     _write(output.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"wrote {output}: {tokenizer.size:,} pieces", flush=True)
 
@@ -202,8 +229,8 @@ def _report(
     }
 
 
-def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Exception:
-    """SentencePiece's two complaints about vocab_size in our words; any other error as it is."""
+def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> InputError:
+    """SentencePiece's two complaints about vocab_size in our words; another one in its own."""
     size = config.vocab_size
     if too_large := re.search(r"Please set it to a value <= (\d+)", str(error)):
         return InputError(f"vocab_size {size} is too large for this corpus: use at most {too_large[1]}, or add text")
@@ -212,7 +239,7 @@ def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Excepti
             f"vocab_size {size} is too small: bytes and the corpus' characters alone are {too_small[1]} pieces; "
             f"use more, or lower character_coverage {config.character_coverage}"
         )
-    return error
+    return InputError(f"SentencePiece cannot train {size:,} pieces on this corpus: {error}")
 
 
 @contextmanager

@@ -159,6 +159,34 @@ def test_bad_manifests_are_refused(folder, tmp_path):
         build_index([str(write_json(folder))], None, lambda *_: None)
 
 
+def test_a_damaged_page_is_named_with_its_file(folder):
+    path = folder / "rows.PARQUET"
+    rows = 1000
+    paths = pa.table({"path": [f"{number:040}.jpg" for number in range(rows)]})
+    pq.write_table(paths, path, compression="none", use_dictionary=False, row_group_size=rows)
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"%040d.jpg" % 500) - 4
+    whole[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of a string
+    path.write_bytes(whole)
+    listing = listing_of(parts_of([path])[0])
+    with pytest.raises(InputError, match=r"cannot read manifest .*rows.PARQUET: ") as caught:
+        listing.entries(0, 1)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    gone = listing_of(parts_of([write_json(folder)])[0])
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"cannot read manifest .*rows.jsonl: No such file"):
+        gone.entries(0, 1)
+
+
+def test_strings_are_read_however_a_manifest_stores_them(folder):
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        columns = {name: pa.array(["b.jpg"], pa.string()).cast(kind) for name in ("path", "caption")}
+        pq.write_table(pa.table(columns), folder / "rows.parquet")
+        [sample] = listing_of(parts_of([folder / "rows.parquet"])[0]).entries(0, 1)
+        assert (sample.key, sample.captions()) == ("b", ("b.jpg",)), kind
+
+
 def test_a_pattern_takes_manifests_only_by_their_suffix(folder):
     write_parquet(folder)
     assert [part.layout for part in parts_of([folder / "*"])] == ["media", "tar", "folder"]
