@@ -17,7 +17,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.curate.captions import ShownConfig, pieces_of, question
-from megatron_ext.curate.video import cut_evenly, evenly_spaced
+from megatron_ext.curate.spans import cut_evenly, evenly_spaced
 from megatron_ext.media import list_samples
 from tests.support.chat_server import MODEL, chat_server
 from tools import caption
