@@ -14,13 +14,13 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 WORKERS ?= 2
 WORKERS_OF_TESTS := --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-# What meets megatron-core, whose version the interpreter decides; SHORT=1: what takes two minutes of it.
+# What meets megatron-core, whose version the interpreter decides.
 MEETS_MEGATRON := $(addprefix tests/unit/,model runtime optim checkpoint train) tests/distributed tests/parity \
 	tests/integration/test_pretrain.py
 SHORTLY := $(addprefix tests/unit/,model runtime optim) tests/distributed/test_golden.py tests/parity/test_plain_decoder.py
 OTHER_VENV = .venv$(shell "$(PYTHON)" -c 'import sys; print("%d%d" % sys.version_info[:2])')
 
-.PHONY: help check build test test-fast test-python test-gpu test-slurm mutants soak quickstart clean
+.PHONY: help check build test test-fast test-megatron test-python test-gpu test-slurm mutants soak quickstart clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,16 +37,18 @@ test: $(INSTALLED) ## all CPU tests, in WORKERS=2 processes
 test-fast: $(INSTALLED) ## those that take no seconds each, for the inner loop
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(WORKERS_OF_TESTS) -m "not gpu and not slurm and not slow"
 
-test-python: ## the tests that meet megatron-core, with PYTHON=python3.12 or 3.13 in an environment of its own
-	[ -e "$(OTHER_VENV)/installed" ] || .ci/install "$(PYTHON)" "$(OTHER_VENV)" cpu "$(TORCH)"
-	$(TEST_ENVIRONMENT) $(OTHER_VENV)/bin/python -m pytest $(if $(SHORT),$(SHORTLY),$(MEETS_MEGATRON))
+test-megatron: $(INSTALLED) ## those that meet megatron-core; SHORT=1 for the quickest of them
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest $(WORKERS_OF_TESTS) $(if $(SHORT),$(SHORTLY),$(MEETS_MEGATRON))
+
+test-python: ## test-megatron in an environment of its own: PYTHON=python3.12 or 3.13
+	$(MAKE) VENV="$(OTHER_VENV)" ACCELERATOR=cpu test-megatron
 
 test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@nvidia-smi -L || { echo "error: make test-gpu needs a GPU; nvidia-smi finds none" >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu
 
-test-slurm: $(INSTALLED) ## the scripts in slurm/ under a real Slurm, which this starts and ends
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m slurm tests/slurm
+test-slurm: $(INSTALLED) ## the scripts in slurm/ under real Slurms, which this starts and ends
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest --numprocesses 4 --dist loadgroup -m slurm tests/slurm
 
 mutants: $(INSTALLED) ## plant known bugs one by one: does a test catch each? ONLY='part of a name' picks some
 	$(BIN)/python -m tests.mutants $(if $(ONLY),"$(ONLY)")

@@ -131,7 +131,10 @@ TORCHRUN = (PYTHON, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 TOKENIZER_CONFIG = "examples/movqgan_tiny_cpu.yaml"
 DECODER_CONFIG = "examples/tiny_cpu.yaml"
 DECODER_RUN = f"{ROOT}/decoder"
-DECODER = (*TORCHRUN, "pretrain_emu3.py", "--config", DECODER_CONFIG, "--observe.run_dir", DECODER_RUN)
+DECODER = (
+    *(*TORCHRUN, "pretrain_emu3.py", "--config", DECODER_CONFIG, "--observe.run_dir", DECODER_RUN),
+    *("--train.micro_batch_size", "2"),
+)
 HALF_WAY = 500
 """Step at which the decoder changes its layout."""
 

@@ -41,6 +41,12 @@ from tokenizer_train.vision.step import TrainStep
 STEPS = 5
 """Steps of each training that are timed, after one that is not: memory is taken in it."""
 
+FIRST_LAYOUT = (
+    *("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"),
+    *("--train.micro_batch_size", "2"),
+)
+"""What the quickstart adds to the decoder's configuration at first."""
+
 PROGRAM = "quickstart_pace.py"
 
 
@@ -99,7 +105,8 @@ def decoder_step(config: RunConfig, layout: VocabLayout) -> float | None:
         optimizer = build_optimizer(config.optim, config.parallel, model, topology, config.train.train_steps)
         objective = build_objective(config.objective, layout)
         runner = MicrobatchRunner(optimizer.model, objective, topology, seed=config.train.seed)
-        row = collate([random_window(config.train.seq_length, layout)], [0], config.data.attention_scope)
+        windows = [random_window(config.train.seq_length, layout)] * config.train.micro_batch_size
+        row = collate(windows, [0] * len(windows), config.data.attention_scope)
         batch = slice_for_context(row, topology.context_parallel_rank, topology.context_parallel_size)
         accumulated = config.train.global_batch_size // (config.train.micro_batch_size * topology.data_parallel_size)
 
@@ -115,7 +122,7 @@ def decoder_step(config: RunConfig, layout: VocabLayout) -> float | None:
 def random_window(seq_length: int, layout: VocabLayout) -> Window:
     """Documents about as long as those of the sample media."""
     ids = np.random.default_rng(0).integers(0, layout.size, seq_length)
-    boundaries = np.append(np.arange(0, seq_length, seq_length // 5), seq_length)
+    boundaries = np.append(np.arange(0, seq_length, seq_length // 3), seq_length)
     return Window(ids=ids, labels=np.roll(ids, -1), mask=np.ones(seq_length, dtype=bool), boundaries=boundaries)
 
 
@@ -123,8 +130,7 @@ def main(argv: list[str]) -> None:
     """Measure, and write the file on rank 0."""
     start_s = time.time() - psutil.Process().create_time()
     paths = load(PaceConfig, argv, prog=PROGRAM)
-    axis = ["--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true"]
-    decoder = load(RunConfig, ["--config", paths.decoder, *axis], prog=PROGRAM)
+    decoder = load(RunConfig, ["--config", paths.decoder, *FIRST_LAYOUT], prog=PROGRAM)
     tokenizer = load(VisionTokenizerTrainingConfig, ["--config", paths.tokenizer], prog=PROGRAM)
     layout = VocabLayout.custom(text_size=paths.text_ids, codebook_size=decoder.vocab.codebook_size)
     decoder_s = decoder_step(decoder, layout)

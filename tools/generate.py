@@ -90,6 +90,10 @@ class GenerateConfig:
     top_p: float = 1.0
     """Only the likeliest ids that together reach this probability may be drawn."""
 
+    keep_codes: bool = False
+    """Write the codes of each drawing beside it, as NUMBER.codes.npy: [height, width] of a picture, [frames, height,
+    width] of a clip."""
+
     seed: int = 0
     """Same seed, same result, whatever the batch size."""
 
@@ -187,7 +191,10 @@ def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
     ]
     results = []
     for number, (caption, segment) in enumerate(zip(captions, run_prompts(config, models, prompts), strict=True)):
-        file = _write_picture(Path(config.output) / f"{number:05d}", segment, models.vision)
+        path = Path(config.output) / f"{number:05d}"
+        file = _write_picture(path, segment, models.vision)
+        if config.keep_codes:
+            _write_codes(path.with_suffix(".codes.npy"), segment)
         results.append({"caption": caption, "file": file, "grid": grid.meta, "seed": config.seed, "sample": number})
     return results
 
@@ -239,6 +246,12 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
     with replacing(file) as temporary:
         first.save(temporary, format=kind, **options)
     return file.name
+
+
+def _write_codes(path: Path, segment: Segment) -> None:
+    codes = segment.codes_THW if isinstance(segment, Video) else segment.codes_HW
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, codes)
 
 
 def captions_of(config: GenerateConfig) -> list[str]:

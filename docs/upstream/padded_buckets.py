@@ -6,15 +6,12 @@ Needs torch and megatron-core. Four weights in four buckets, each bucket padded 
 of the optimizer, made right after its creation, should hold the weights themselves.
 """
 
-import os
-
 import torch
-from adam_step import without_a_gpu
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
+from one_process import one_process
 
 ELEMENTS = 100
 """Of a weight: buckets are padded to multiples of 128."""
@@ -53,17 +50,10 @@ def saved_masters(bucket_size: int, device: torch.device) -> list[list[float]]:
 
 def main() -> None:
     """Print the state of one bucket and of four; exit with 1 where they differ."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        without_a_gpu()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29513")
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    one, four = saved_masters(10**6, device), saved_masters(1, device)
+    with one_process() as device:
+        one, four = saved_masters(10**6, device), saved_masters(1, device)
     print(f"one bucket:                 {one}")
     print(f"four, each padded by 28:    {four}")
-    torch.distributed.destroy_process_group()
     raise SystemExit(one != four)
 
 

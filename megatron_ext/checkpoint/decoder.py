@@ -88,6 +88,20 @@ class DecoderCheckpoint:
         needed = checkpoint_bytes(self.model, self.topology.tensor_parallel_size)
         self.topology.from_main(lambda: check_room(self.store.root, needed, self.section.keep))
 
+    def check_format(self, optimizer_format: str) -> None:
+        """Raise InputError, on every rank, where a rank would have nothing of a gradient bucket to save in this format.
+
+        megatron-core takes that for a fault, in both directions (distrib_optimizer.py, "empty bucket encountered").
+        """
+        buckets = [bucket for ranges in self.distributed.gbuf_ranges for each in ranges.values() for bucket in each]
+        is_empty = any(not bucket["param_map"] for bucket in buckets)
+        if self.topology.any(is_empty and optimizer_format == "dp_reshardable"):
+            raise InputError(
+                f"checkpoint.optimizer_format dp_reshardable with a gradient bucket of {min(self.buckets):,} elements "
+                "leaves a rank without a part of one: raise parallel.bucket_size, or set checkpoint.optimizer_format "
+                "to fully_reshardable"
+            )
+
     def start_save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin to checkpoint weights, optimizer and `state` (JSON data) as they are now. `poll` or `finish` tells the
         outcome; call one of them until it has, before the next start.
@@ -191,7 +205,7 @@ class DecoderCheckpoint:
                     "the checkpoint was trained with, or start another observe.run_dir"
                 )
 
-    def _check_parts(self, folder: Path, metadata: dict[str, Any]) -> None:
+    def _check_same_parts(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Raise InputError unless the parts of a dp_reshardable checkpoint are parts of this run's optimizer."""
         size, elements = metadata.get("layout", {}).get("tensor_parallel_size"), metadata.get("gradient_buckets")
         if size != self.topology.tensor_parallel_size:
@@ -213,7 +227,8 @@ class DecoderCheckpoint:
         """Weights and optimizer, whatever `checkpoint.optimizer_format` they were saved in."""
         saved_as = metadata.get("optimizer_format", "fully_reshardable")  # the only one of format 1
         if saved_as == "dp_reshardable":
-            self._check_parts(folder, metadata)
+            self._check_same_parts(folder, metadata)
+            self.check_format(saved_as)
         # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
         self.distributed._init_optimizer_states_with_dummy_values()
         state = _load(folder, self._sharded_state(saved_as, is_loading=True))

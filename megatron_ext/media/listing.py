@@ -142,6 +142,8 @@ def expand(pattern: str | Path, *, option: str = "input") -> list[Path]:
         found = [p for p in found if p.is_dir() or suffix_of(p) in suffixes or is_tar_name(p.name)]
     if not found:
         raise InputError(f"{option} {str(pattern)!r} matches no folder, no tar and no media file: correct the pattern")
+    for path in (p for p in found if not p.exists() and suffix_of(p) not in KINDS):
+        raise InputError(f"{option} {str(pattern)!r}: {path} is a link that leads nowhere: mend or remove it")
     return [path for match in found for path in (_folder_and_tars(match) if match.is_dir() else [match])]
 
 
@@ -160,10 +162,10 @@ def _folder_and_tars(folder: Path) -> list[Path]:
     has_others = False
     for place, files in walk(folder, lambda place, error: unreadable.append(place)):
         for file in (each for each in files if not each.name.startswith(".")):
-            if is_tar_name(file.name):
+            if _is_lost(file) or suffix_of(file.name) in KINDS:
+                has_others = True
+            elif is_tar_name(file.name):
                 tars.append(place / file.name)
-            else:
-                has_others = has_others or suffix_of(file.name) in KINDS or _is_lost(file)
     return [*([folder] if has_others or unreadable or not tars else []), *sorted(tars)]
 
 
@@ -184,7 +186,7 @@ def _folder_entries(folder: Path) -> list[Entry]:
 
     for place, files in walk(folder, note):
         for file in files:
-            if not is_tar_name(file.name) and (matters(file.name) or _is_lost(file)):
+            if matters(file.name) or _is_lost(file):
                 found.append(_entry(folder, place / file.name))
     return sorted(found, key=lambda entry: entry.name)
 

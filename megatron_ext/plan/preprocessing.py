@@ -4,13 +4,13 @@ Everything follows from counts and from measured rates; no rate is assumed. One 
 tasks share nothing, so more of them take proportionally less time.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ext.config import InputError
+from megatron_ext.files import parse_json
 from megatron_ext.vocab import Grid, VocabLayout
 from megatron_ext.vocab.document import BlockFormat
 
@@ -262,7 +262,7 @@ def _read_rates(config: PlanConfig) -> dict[str, float | None]:
     measured: dict[str, float] = {}
     for path in config.rates:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json(Path(path).read_bytes())
             measured |= {name: float(content[name]) for name in given if name in content}
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"rates: cannot read {path} ({error}): give JSON files with measured rates") from None

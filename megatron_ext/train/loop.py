@@ -258,8 +258,8 @@ class Trainer:
                 outcome = self._finish_save()
         if self.checkpoint.saved_step != state.step:
             raise InputError(
-                f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): make room "
-                "or check permissions, and start the run again; it goes on from its last checkpoint"
+                f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): mend that "
+                "(room, permissions, a device), and start the run again; it goes on from its last checkpoint"
             )
 
     def _finish_save(self) -> SaveOutcome | None:

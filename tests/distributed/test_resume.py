@@ -13,7 +13,8 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
-from tests.support.training import assert_several_padded, training
+from tests.support.decoding import assert_several_padded
+from tests.support.training import training
 
 BUCKETS = {"overlap_grad_reduce": True, "bucket_size": 2000}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True} | BUCKETS
@@ -36,15 +37,14 @@ def two(ranks, tmp_path_factory):
 
 def straight_and_resumed(folder, steps, pause, parallel=BUCKETS, **options):
     """Losses and gradient norms of both, and whether both ended with the same weights, master weights and moments."""
-    with training(folder / "unused", parallel, **options) as run:
-        assert_several_padded(run)
-        straight, expected = run.steps(0, steps), run.copies()
     with training(folder, parallel, **options) as run:
-        first = run.steps(0, pause)
+        assert_several_padded(run.optimizer)
+        straight = run.steps(0, pause)
         run.checkpoint.save(pause, {"step": pause})
+        straight += run.steps(pause, steps)
+        expected = run.copies()
     with training(folder, parallel, **options) as run:
-        state = run.checkpoint.load_latest()
-        resumed = first + run.steps(state["step"], steps)
+        resumed = straight[:pause] + run.steps(run.checkpoint.load_latest()["step"], steps)
         return straight, resumed, all(map(torch.equal, run.copies(), expected))
 
 
@@ -117,6 +117,11 @@ def test_resume_is_bitwise_on_the_same_layout(one, precision, optimizer_format):
     assert same_state
 
 
+def test_a_save_does_not_disturb_the_training(one):
+    straight, *_ = one["fp32-fully_reshardable"]
+    assert straight == one["straight"]
+
+
 @pytest.mark.parametrize("case", ["DP 2", "DP 2, dp_reshardable", "CP 2", "TP 2"])
 def test_resume_is_bitwise_on_two_ranks(two, case):
     for straight, resumed, same_state in (rank["same"][case] for rank in two):
@@ -184,7 +189,9 @@ def test_resume_on_other_layouts(one, two):
 
 
 def moved_dp_reshardable(folder):
-    """DP 2 to CP 2; TP 2 and other buckets are refused; saved once fully reshardable, TP 2 opens it."""
+    """DP 2 to CP 2; TP 2, other buckets and too small ones are refused; saved once fully reshardable, TP 2 opens it."""
+    from megatron_ext.train import resume_or_init
+
     with training(folder, DP2, optimizer_format="dp_reshardable") as run:
         run.steps(0, 2)
         run.checkpoint.save(2, {"step": 2})
@@ -193,6 +200,10 @@ def moved_dp_reshardable(folder):
         with training(folder, parallel) as run, pytest.raises(InputError) as refusal:
             run.checkpoint.load_latest()
         refusals.append(str(refusal.value))
+    with training(folder / "unused", BUCKETS | {"bucket_size": 1}, optimizer_format="dp_reshardable") as run:
+        with pytest.raises(InputError) as refusal:
+            resume_or_init(run.checkpoint.section, run.checkpoint, run.optimizer, run.topology)
+    refusals.append(str(refusal.value))
     with training(folder, CP2) as run:
         run.checkpoint.load_latest()
         history = run.steps(2, 4)
@@ -203,7 +214,7 @@ def moved_dp_reshardable(folder):
 
 
 def test_dp_reshardable_moves_along_data_and_context_and_is_refused_in_other_parts(one, two):
-    for history, (refusal, *buckets) in (rank["dp"] for rank in two):
+    for history, (refusal, *buckets, empty) in (rank["dp"] for rank in two):
         for step, expected in zip(history, one["straight"][2:], strict=True):
             assert step == pytest.approx(expected, rel=5e-6)  # measured 2e-7
         assert "step_00000002 was saved with checkpoint.optimizer_format dp_reshardable" in refusal
@@ -211,7 +222,8 @@ def test_dp_reshardable_moves_along_data_and_context_and_is_refused_in_other_par
         for other, found in zip(buckets, ("1 (", "4 ("), strict=True):
             assert f"in 7 gradient buckets (the first of 4,096 elements), this run has {found}" in other
             assert "go on with its parallel.bucket_size and parallel.overlap_grad_reduce" in other
-        assert not any("\n" in line for line in (refusal, *buckets))
+        assert "a gradient bucket of 32 elements leaves a rank without a part of one: raise" in empty
+        assert not any("\n" in line for line in (refusal, *buckets, empty))
 
 
 def snapshot_is_kept(folder, **options):

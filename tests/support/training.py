@@ -98,11 +98,3 @@ def _window(step: int, index: int, blocks: int) -> Window:
     bounds = [block * size + part.boundaries[block > 0 :] for block, part in enumerate(parts)]
     joined = (np.concatenate([getattr(part, name) for part in parts]) for name in ("ids", "labels", "mask"))
     return Window(*joined, np.concatenate(bounds))
-
-
-def assert_several_padded(run: Training) -> None:
-    """A single gradient bucket, or none that is padded before the last, shows nothing of how buckets are saved."""
-    from megatron_ext.optim import gradient_buckets
-
-    buckets = gradient_buckets(run.optimizer.model)
-    assert len(buckets) >= 3 and sum(bucket.padded > bucket.elements for bucket in buckets[:-1]) >= 2, buckets

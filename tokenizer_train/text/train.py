@@ -56,8 +56,8 @@ class TextTokenizerTrainConfig:
     and .parquet, a document per row; each but .parquet also as .gz or .zst."""
 
     captions: tuple[str, ...] = ()
-    """List of glob patterns of folders in the layout of img2dataset's "files" output and of WebDataset tars; the
-    captions of their pictures and clips are read."""
+    """List of folders in the layout of img2dataset's "files" output or of tars, WebDataset tars and manifests, or glob
+    patterns of these; the captions of their pictures and clips are read."""
 
     text_field: str = "text"
     """Key in JSON lines, and column of Parquet files, that holds the text."""

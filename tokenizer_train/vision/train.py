@@ -22,6 +22,7 @@ from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.observe import Run
 from megatron_ext.resilience import Stopping, StopRequest
 from megatron_ext.runtime import Topology
+from megatron_ext.runtime.arithmetic import full_fp32
 from megatron_ext.runtime.faults import is_told_here
 from megatron_ext.runtime.precision import Precision, settle_precision
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig, VisionTrainConfig
@@ -62,6 +63,7 @@ def _train(
             environment=topology.environment,
         ) as run,
         contextlib.closing(_media(config, topology)) as media,
+        full_fp32(),
     ):
         run.tell_precision(precision)
         trainer = Trainer(config, media, run, topology)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_ext.config import InputError, load
+from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.validate import RULES, broken_rules, validate
 
@@ -113,3 +114,16 @@ def test_the_largest_count_is_exact():
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_good(world_size):
     assert validate(GOOD, world_size) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bucket_size": 0, "overlap_grad_reduce": True}, "parallel.bucket_size 0: must be at least 1; null is"),
+        ({"bucket_size": 10**6}, "parallel.bucket_size 1000000 with parallel.overlap_grad_reduce false"),
+    ],
+)
+def test_a_size_of_buckets_is_one_that_acts(options, said):
+    with pytest.raises(InputError, match=said):
+        ParallelConfig(**options)
+    assert ParallelConfig(overlap_grad_reduce=True, bucket_size=1).bucket_size == 1

@@ -10,8 +10,9 @@ import pytest
 from megatron_ext.config import InputError
 from megatron_ext.curate.clips import EncodingConfig, aesthetic_frames, clip_file, looked_at
 from megatron_ext.curate.scenes import ScenesConfig, split
-from megatron_ext.curate.video import Video
+from megatron_ext.media.video import Video
 from tests.unit.curate.films import extent_of, film, shot
+from tests.unit.media.containers import encoded
 
 
 def numbered(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
@@ -30,18 +31,18 @@ def decoded(data: bytes) -> tuple[np.ndarray, list[float]]:
 
 
 def parts_of(extent, max_clip_s):
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         return split(video, ScenesConfig(max_clip_s=max_clip_s))
 
 
 def test_two_frames_per_second_are_looked_at(tmp_path):
     extent = film(numbered(48), tmp_path / "film.mp4", rate=12)  # 4 seconds
     spans = parts_of(extent, 3)
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         assert [numbers_of(looked_at(video, span)) for span in spans] == [[0, 6, 12, 18], [24, 30, 36, 42]]
     large = film(np.zeros((4, 300, 600, 3), np.uint8), tmp_path / "large.mp4")
     (span,) = parts_of(large, 10)
-    with Video(large) as video:
+    with Video(large.open()) as video:
         assert looked_at(video, span).shape == (1, 256, 512, 3), "a shorter edge of 256"
 
 
@@ -73,7 +74,7 @@ def test_quality(tmp_path):
     extent = film(source, tmp_path / "film.mp4")
     _, span = parts_of(extent, 2)
     frames, _ = decoded(clip_file(extent, span, "mp4", EncodingConfig())[0])
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         before = np.stack([frame.to_ndarray(format="rgb24") for frame in video.frames(span.first_stamp)])
     error = np.square(frames.astype(float) - before).mean()
     assert 10 * np.log10(255**2 / error) > 36  # measured: 38.9 dB
@@ -106,6 +107,39 @@ def test_odd_sides_lose_a_row(tmp_path):
     assert frames.shape[1:3] == (62, 94) and numbers_of(frames) == list(range(8, 16))
 
 
+@pytest.mark.parametrize(
+    "matrix, full, turned, size",
+    [(1, False, True, (64, 96)), (1, False, False, (63, 95)), (1, True, True, (64, 96)), (5, True, False, (63, 95))],
+)
+def test_a_part_keeps_its_colours_turned_or_cut(tmp_path, matrix, full, turned, size):
+    """BT.709 and BT.601, limited and full range; a mark in the upper left corner, and pixels twice as wide as high."""
+    pixels = np.full((*size, 3), (30, 180, 60), np.uint8)
+    pixels[:16, :16] = 250
+
+    def prepare(stream):
+        stream.pix_fmt = "yuv444p"  # odd sides are not for 4:2:0
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        if turned:
+            stream.set_display_rotation(90)
+
+    def convert(frame):
+        return frame.reformat(format="yuv444p", dst_colorspace=matrix, dst_color_range=2 if full else 1)
+
+    path = tmp_path / "film.mp4"
+    path.write_bytes(encoded([pixels] * 20, "mp4", rate=10, options={"qp": "0"}, prepare=prepare, convert=convert))
+    extent = extent_of(path)
+    content, _ = clip_file(extent, parts_of(extent, 1.5)[1], "mp4", EncodingConfig(crf=1))
+    with Video(extent.open()) as source, Video(io.BytesIO(content)) as clip:
+        before, after = (next(video.frames()).pixels().astype(int) for video in (source, clip))
+    even = [side - side % 2 for side in size]
+    assert after.shape[:2] == ((2 * even[1], even[0]) if turned else (even[0], 2 * even[1]))
+    mark = after[-8:, :8] if turned else after[:8, :8]
+    # Measured: 1 level of 255; BT.601 in place of BT.709 is 25 off.
+    assert np.abs(mark - 250).max() <= 4 and np.abs(after[40, 40] - before[40, 40]).max() <= 3
+    assert np.abs(after[40, 40] - (30, 180, 60)).max() <= 3
+
+
 def test_time_stamps_that_begin_late_and_jump(tmp_path):
     """Three frames a tenth of a second apart, a gap of one second, three more; the first at 7 seconds."""
     times = [7.0, 7.1, 7.2, 8.2, 8.3, 8.4]
@@ -122,7 +156,7 @@ def test_time_stamps_that_begin_late_and_jump(tmp_path):
     extent = extent_of(path)
     first, second = parts_of(extent, 1.3)
     assert (first.start_s, second.start_s, second.end_s) == pytest.approx((0, 1.2, 1.5), abs=0.02)
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         assert numbers_of(looked_at(video, first)) == [0, 2, 2], "what is on show at 0, 0.5 and 1 second"
     frames, shown = decoded(clip_file(extent, second, "mkv", EncodingConfig())[0])
     assert numbers_of(frames) == [3, 4, 5] and shown == pytest.approx([0, 0.1, 0.2], abs=1e-3)

@@ -150,6 +150,11 @@ def test_the_tars_of_a_folder_are_read(tmp_path):
     (shards / "._00000.tar").write_bytes(b"of a Mac")
     assert [part.layout for part in parts_of([shards])] == ["tar", "tar"]
     assert samples(shards) == [("0", b"x", "cap"), ("1", b"x", "cap")] == samples(f"{tmp_path}/sha*")
+    (shards / "deep" / "00002.tar").symlink_to("gone.tar")
+    assert samples(shards)[0] == ("deep/00002", "a link that leads nowhere (No such file or directory)")
+    with pytest.raises(InputError, match=r"00002.tar is a link that leads nowhere"):
+        entries(f"{shards}/deep/*.tar")
+    (shards / "deep" / "00002.tar").unlink()
     folder_of(shards, {"own.jpg": b"own"})
     assert [part.layout for part in parts_of([shards])] == ["folder", "tar", "tar"]
     assert [sample.key for sample in list_samples([shards])] == ["own", "0", "1"]
