@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megatron_ext.config.errors import InputError
+from megatron_ext.config.errors import InputError, one_line
 
 Config = TypeVar("Config")
 
@@ -91,17 +91,13 @@ def _broken_file(argv: list[str]) -> str | None:
         except yaml.MarkedYAMLError as error:
             return f"{path}:{error.problem_mark.line + 1} is no YAML: {error.problem}; correct it"
         except (UnicodeDecodeError, yaml.YAMLError) as error:
-            return f"{path} is no YAML in UTF-8: {_one_line(str(error))}; correct it"
+            return f"{path} is no YAML in UTF-8: {one_line(str(error))}; correct it"
     return None
-
-
-def _one_line(message: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", message.strip())
 
 
 def _explain(message: str, config_type: type) -> str:
     """jsonargparse's message on one line, with the nearest known key when it names an unknown one."""
-    message = _one_line(message)
+    message = one_line(message)
     unknown = re.search(
         r"unrecognized arguments: --(?P<argument>[\w.]+)"
         r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<field>\w+)'"
