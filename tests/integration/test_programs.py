@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.support.programs import Program, run
 from tests.support.warm import ROOT
@@ -48,6 +49,7 @@ def test_signals_arrive(number, code):
         assert ("KeyboardInterrupt" in program.stderr) == (number == signal.SIGINT)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, processes are spawned")
 def test_imports_are_done():
     loaded = run("-c", "import sys; print(*sorted(sys.modules), sep='\\n')").stdout.split()
     assert {"torch", "megatron.core.optimizer", "megatron_ext.train.loop", "tokenizer_train.vision.step"} <= {*loaded}
