@@ -22,6 +22,7 @@ from pathlib import Path
 import psutil
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Section
 from megatron_ext.files import replacing
 from megatron_ext.observe.writers import duration
 
@@ -30,7 +31,7 @@ GRACE_S = 60  # for an interrupted program to save what it has
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
+class QuickstartConfig(Section):
     """Run the quickstart: train tokenizers and a tiny decoder on examples/media, export it, draw, write a report."""
 
     fresh: bool = False

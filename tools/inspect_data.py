@@ -25,6 +25,7 @@ from rich.table import Table
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.section import Count, Name, Number, Section
 from megatron_ext.config.validate import validate as validate_config
 from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, PackedDataset, build_data
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
@@ -42,43 +43,43 @@ MUCH = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Section):
     """Describe indexed datasets; with --step N, the windows of a training step instead (--step N --help)."""
 
-    prefix: str | tuple[str, ...] = ()
+    prefix: Name | tuple[Name, ...] = ()
     """Path of a dataset without suffix, or a list of them."""
 
-    blend: str | None = None
+    blend: Name | None = None
     """Instead of prefix: a pretraining configuration, whose data.train is described and packed as it says."""
 
-    seq_length: int | None = None
+    seq_length: Count | None = None
     """Pack into windows of this many ids and report their fill, and the documents that do not fit."""
 
-    document_alignment: int = 1
+    document_alignment: Count = 1
     """Alignment for that packing."""
 
     cut_text_to_fill: bool = False
     """Cut texts to fill what pictures leave of a window, for that packing."""
 
-    document: int | None = None
+    document: Number | None = None
     """Number of a document to show, from 0, instead of the report."""
 
     validate: bool = False
     """Check every document with the grammar, and the files with the manifest."""
 
-    workers: int | None = None
+    workers: Count | None = None
     """Threads that read the documents; empty takes one per core."""
 
-    output: str | None = None
+    output: Name | None = None
     """Folder for a page (index.html) of documents, pictures and windows."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer of the data: pictures of the page are decoded with it."""
 
-    documents_shown: int = 24
+    documents_shown: Number = 24
     """Documents of each dataset on the page, evenly spread."""
 
-    windows_shown: int = 16
+    windows_shown: Number = 16
     """Windows of each dataset on the page, evenly spread."""
 
     @property
@@ -97,22 +98,22 @@ class InspectConfig:
 class InspectStepConfig(RunConfig):
     """Show the exact windows of an optimizer step; all options of pretrain_emu3.py, read as it reads them, and:"""
 
-    step: int
+    step: Count
     """Optimizer step, from 1, as metrics.jsonl counts them."""
 
-    world_size: int | None = None
+    world_size: Count | None = None
     """Ranks of the run, which share the windows; empty takes one data rank: tensor x context parallel size."""
 
-    data_rank: int | None = None
+    data_rank: Number | None = None
     """Show the windows of this data rank only."""
 
-    longest_text: int = 160
+    longest_text: Number = 160
     """Characters of a text that are printed."""
 
-    output: str | None = None
+    output: Name | None = None
     """Folder for the windows as arrays (windows.npz) and as a page (index.html)."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer of the data; with output, pictures are drawn."""
 
 

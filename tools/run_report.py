@@ -17,6 +17,7 @@ from rich.table import Table
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.section import Count, Name, Positive, Section
 from megatron_ext.files import read_json_lines
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
 from megatron_ext.observe.elements import Bar
@@ -32,24 +33,20 @@ TOLD = ("save_failed", "bad_step", "rewind", "hang", "divergence", "blend", "sto
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunReportConfig:
+class RunReportConfig(Section):
     """Summarise a run in the terminal and as a page."""
 
-    run: str
+    run: Name
     """The run folder."""
 
-    output: str | None = None
+    output: Name | None = None
     """The page; null writes report.html into the run folder."""
 
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Dense peak of one device in TFLOP/s, for the share of it that was used (MFU); null tells TFLOP/s only."""
 
-    span: int = 20
+    span: Count = 20
     """Steps over which curves are averaged; single steps stand behind them."""
-
-    def __post_init__(self) -> None:
-        if self.span < 1:
-            raise InputError(f"span {self.span}: must be at least 1, which averages nothing")
 
 
 @dataclass(frozen=True)

