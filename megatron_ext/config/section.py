@@ -83,9 +83,9 @@ class Section:
         """
         prefix = self.section_name + "." if self.section_name else ""
         faults = [
-            f"{prefix}{name} {_shown(getattr(self, name))}: must be {' and '.join(words)}"
+            f"{prefix}{name} {_shown(value)}: must be {' and '.join(words)}{', or null' * _is_optional(hint)}"
             for name, hint in _hints(type(self)).items()
-            if (words := list(dict.fromkeys(_broken(hint, getattr(self, name)))))
+            if (words := list(dict.fromkeys(_broken(hint, value := getattr(self, name)))))
         ]
         if faults:
             raise InputError("; ".join(faults))
@@ -104,7 +104,7 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if value is None:
-        if origin not in (Union, types.UnionType) or types.NoneType not in arguments:
+        if not _is_optional(hint):
             yield "given"
     elif isinstance(value, float) and not math.isfinite(value):
         yield "a finite number"
@@ -112,12 +112,15 @@ def _broken(hint: Any, value: Any) -> Iterator[str]:
         yield from (bound.words for bound in arguments[1:] if not bound.holds(value))
     elif origin in (Union, types.UnionType):
         for kind in (kind for kind in arguments if _is_a(value, kind)):
-            for words in _broken(kind, value):
-                yield f"{words}, or null" if types.NoneType in arguments else words
+            yield from _broken(kind, value)
     elif isinstance(value, (list, tuple)) and origin in (list, tuple):
         kinds = arguments if origin is tuple and ... not in arguments else arguments[:1] * len(value)
         for kind, item in zip(kinds, value, strict=True):
             yield from (f"{words} each" for words in _broken(kind, item))
+
+
+def _is_optional(hint: Any) -> bool:
+    return typing.get_origin(hint) in (Union, types.UnionType) and types.NoneType in typing.get_args(hint)
 
 
 def _is_a(value: Any, kind: Any) -> bool:
