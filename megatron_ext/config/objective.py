@@ -10,6 +10,11 @@ LARGEST_DENOMINATOR = 100
 """Weights are fractions k/n with n up to this, so that their sums are exact integers."""
 
 
+def as_fraction(weight: float) -> Fraction:
+    """k/n of a weight: what weighs so counts k times, what weighs 1 n times."""
+    return Fraction(weight).limit_denominator(LARGEST_DENOMINATOR)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(Section, section="objective"):
     """What the decoder is trained to do: next-token prediction, weighted by the id of the label."""
@@ -20,14 +25,9 @@ class ObjectiveConfig(Section, section="objective"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        nearest = self.vision_weight_fraction
+        nearest = as_fraction(self.vision_loss_weight)
         if abs(float(nearest) - self.vision_loss_weight) > 1e-9:
             raise InputError(
                 f"objective.vision_loss_weight {self.vision_loss_weight}: must be a fraction k/n with n <= "
                 f"{LARGEST_DENOMINATOR}, such as {float(nearest)} ({nearest})"
             )
-
-    @property
-    def vision_weight_fraction(self) -> Fraction:
-        """k/n: a visual label counts k times, any other n times."""
-        return Fraction(self.vision_loss_weight).limit_denominator(LARGEST_DENOMINATOR)

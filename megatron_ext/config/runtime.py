@@ -44,3 +44,8 @@ class RuntimeConfig(Section, section="runtime"):
         super().__post_init__()
         if self.precision == "fp8" and self.device == "cpu":
             raise InputError(FP8_NEEDS_A_GPU)
+
+    @property
+    def names_gpu(self) -> bool:
+        """Whether the device is a GPU on any machine."""
+        return self.device == "cuda"

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import DecoderShape
+from megatron_ext.config.objective import as_fraction
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
@@ -42,7 +43,7 @@ def _tokens_per_context_rank(config: RunConfig) -> int:
 
 def _largest_weight(config: RunConfig) -> int:
     """The largest integer weight of a label: weights are k/n over one n (objectives/next_token.py)."""
-    fraction = config.objective.vision_weight_fraction
+    fraction = as_fraction(config.objective.vision_loss_weight)
     return max(fraction.numerator, fraction.denominator)
 
 
@@ -58,24 +59,32 @@ def layout_fault(parallel: ParallelConfig, world_size: int) -> str | None:
     return None
 
 
-def shape_faults(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str | None = None) -> list[str]:
-    """What keeps a decoder from running in this layout, and in 8 bits: one message each, with its fix."""
-    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    faults = [
-        f"model.{name} {getattr(shape, name)} is not a multiple of parallel.tensor_model_parallel_size {tensor}: "
-        "change one of them"
-        for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
-        if getattr(shape, name) % tensor
-    ]
-    groups = shape.num_query_groups // tensor
-    if parallel.cp_comm_type == "a2a" and groups % context:
-        faults.append(  # Transformer Engine's assertion, context_parallel.py AttnFuncWithCPAndQKVOA2A
-            f"parallel.cp_comm_type a2a deals the {groups} query groups of a tensor rank to {context} context ranks, "
-            "which does not come out even: use p2p or all_gather"
-        )
-    if faults or fp8_recipe is None:
-        return faults
-    multiple = FP8_MULTIPLES[fp8_recipe]
+DIVIDED = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+"""Numbers of section model that the tensor axis divides."""
+
+
+def tensor_fault(shape: DecoderShape, parallel: ParallelConfig, name: str) -> str | None:
+    """Why the tensor axis cannot divide `name` of `DIVIDED`, and the fix; None if it can."""
+    size, ranks = getattr(shape, name), parallel.tensor_model_parallel_size
+    if size % ranks == 0:
+        return None
+    return f"model.{name} {size} is not a multiple of parallel.tensor_model_parallel_size {ranks}: change one of them"
+
+
+def exchange_fault(shape: DecoderShape, parallel: ParallelConfig) -> str | None:
+    """Why heads cannot be dealt to the context ranks, and the fix; None if they can, or are not to be."""
+    groups = shape.num_query_groups // parallel.tensor_model_parallel_size
+    if parallel.cp_comm_type != "a2a" or groups % parallel.context_parallel_size == 0:
+        return None
+    return (  # Transformer Engine's assertion, context_parallel.py AttnFuncWithCPAndQKVOA2A
+        f"parallel.cp_comm_type a2a deals the {groups} query groups of a tensor rank to "
+        f"{parallel.context_parallel_size} context ranks, which does not come out even: use p2p or all_gather"
+    )
+
+
+def fp8_fault(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str | None) -> str | None:
+    """Which matrices are of no shape for 8 bits, and the fix; None if all are, or 16 bits are used."""
+    tensor, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES.get(fp8_recipe, 1)
     widths = {
         "model.hidden_size": shape.hidden_size,
         "model.ffn_hidden_size / parallel.tensor_model_parallel_size": shape.ffn_hidden_size // tensor,
@@ -83,18 +92,28 @@ def shape_faults(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str 
             shape.num_attention_heads * shape.kv_channels // tensor
         ),
     }
-    return [
-        f"{name} is {width}, runtime.fp8_recipe {fp8_recipe} needs a multiple of {multiple}: "
+    wrong = " and ".join(f"{name} is {width}" for name, width in widths.items() if width % multiple)
+    if not wrong:
+        return None
+    return (
+        f"{wrong}, runtime.fp8_recipe {fp8_recipe} needs a multiple of {multiple}: "
         "change the shape or set runtime.precision to bf16"
-        for name, width in widths.items()
-        if width % multiple
-    ]
+    )
 
 
-def _shape_faults(config: RunConfig) -> list[str]:
-    runtime = config.runtime
-    fp8_recipe = runtime.fp8_recipe if runtime.precision == "fp8" else None
-    return shape_faults(DecoderShape.of(config.model), config.parallel, fp8_recipe)
+def shape_faults(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str | None) -> list[str]:
+    """What keeps a decoder from running in this layout, and in 8 bits: one message each, with its fix."""
+    faults = (
+        *(tensor_fault(shape, parallel, name) for name in DIVIDED),
+        exchange_fault(shape, parallel),
+        fp8_fault(shape, parallel, fp8_recipe),
+    )
+    return [fault for fault in faults if fault]
+
+
+def _fp8_fault(config: RunConfig) -> str | None:
+    fp8_recipe = config.runtime.fp8_recipe if config.runtime.precision == "fp8" else None
+    return fp8_fault(DecoderShape.of(config.model), config.parallel, fp8_recipe)
 
 
 def schedule_fault(optim: OptimConfig, steps: int) -> str | None:
@@ -138,7 +157,18 @@ def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
 
 RULES = (
     Rule(lambda c, n: layout_fault(c.parallel, n) is not None, lambda c, n: layout_fault(c.parallel, n) or ""),
-    Rule(lambda c, n: _shape_faults(c) != [], lambda c, n: "; ".join(_shape_faults(c))),
+    *(
+        Rule(
+            lambda c, n, name=name: tensor_fault(DecoderShape.of(c.model), c.parallel, name) is not None,
+            lambda c, n, name=name: tensor_fault(DecoderShape.of(c.model), c.parallel, name) or "",
+        )
+        for name in DIVIDED
+    ),
+    Rule(
+        lambda c, n: exchange_fault(DecoderShape.of(c.model), c.parallel) is not None,
+        lambda c, n: exchange_fault(DecoderShape.of(c.model), c.parallel) or "",
+    ),
+    Rule(lambda c, n: _fp8_fault(c) is not None, lambda c, n: _fp8_fault(c) or ""),
     Rule(
         lambda c, n: c.train.global_batch_size % _samples_per_microstep(c, n) != 0,
         lambda c, n: (
@@ -217,7 +247,7 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.runtime.device == "cuda" and precision_fault(c.runtime.precision, on_gpu=True) is not None,
+        lambda c, n: c.runtime.names_gpu and precision_fault(c.runtime.precision, on_gpu=True) is not None,
         lambda c, n: precision_fault(c.runtime.precision, on_gpu=True) or "",
     ),
     Rule(

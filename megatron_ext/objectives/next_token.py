@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_ext.config.objective import ObjectiveConfig
+from megatron_ext.config.objective import ObjectiveConfig, as_fraction
 from megatron_ext.data.batch import Batch
 from megatron_ext.objectives.base import LossSums
 from megatron_ext.vocab import VocabLayout
@@ -22,7 +22,7 @@ class NextToken:
     """
 
     def __init__(self, objective: ObjectiveConfig, layout: VocabLayout) -> None:
-        fraction = objective.vision_weight_fraction
+        fraction = as_fraction(objective.vision_loss_weight)
         self.text_weight, self.vision_weight = fraction.denominator, fraction.numerator
         self.layout = layout
 

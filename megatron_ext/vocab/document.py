@@ -100,6 +100,11 @@ class Grid:
         """The meta text; `parse` is its inverse."""
         return SEPARATOR.join(str(number) for number in (self._numbers if self.is_clip else self._numbers[1:]))
 
+    @property
+    def codes(self) -> int:
+        """Visual ids in the block."""
+        return self.frames * self.height * self.width
+
     def frame_length(self, block: BlockFormat) -> int:
         """Ids of one frame: codes, an EOL per row (one fewer without frame ends), EOF."""
         return self.height * (self.width + 1) + (1 if block.frame_ends else -1)

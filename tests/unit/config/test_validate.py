@@ -20,6 +20,11 @@ GOOD = load(
 BROKEN = [
     ({"parallel.tensor_model_parallel_size": 3}, 4, "parallel.tensor_model_parallel_size 3"),
     ({"parallel.context_parallel_size": 2}, 1, "parallel.context_parallel_size 2 does not divide the 1 ranks"),
+    (
+        {"parallel.tensor_model_parallel_size": 4, "model.num_attention_heads": 6},
+        4,
+        "model.num_attention_heads 6 is not a multiple of",
+    ),
     ({"parallel.tensor_model_parallel_size": 4}, 4, "model.num_query_groups 2 is not a multiple of"),
     ({"model.ffn_hidden_size": 703, "parallel.tensor_model_parallel_size": 2}, 2, "model.ffn_hidden_size 703"),
     (
@@ -142,6 +147,7 @@ CONTRADICTIONS = [
     ({"vocab.codebook_size": 5}, "vocab.codebook_size 5: it is fixed by vocab.layout emu3"),
     ({"model.num_attention_heads": 3}, "model.num_attention_heads 3 is not a multiple of model.num_query_groups 2"),
     ({"objective.vision_loss_weight": 0.12345678}, "objective.vision_loss_weight 0.12345678: must be a fraction k/n"),
+    ({"objective.vision_loss_weight": 1 / 101}, "objective.vision_loss_weight 0.00990099009900990"),
     ({"optim.min_lr": 1.0}, "optim.min_lr 1.0 is above optim.lr 5e-05"),
     ({"optim.lr_warmup_steps": 4, "optim.lr_decay_steps": 4}, "optim.lr_warmup_steps 4 is not below optim.lr_decay"),
     ({"data.train": (DatasetConfig(prefix="s3://a/b"),)}, "data.cache_dir is empty and data.train begins with 's3:"),
