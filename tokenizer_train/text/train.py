@@ -52,7 +52,7 @@ class TextTokenizerTrainConfig(Section):
     output: Name
     """Model file to write; a report is written beside it, with .json in place of its suffix."""
 
-    vocab_size: Annotated[int, least(257), most(2**31 - 1)] = 32000
+    vocab_size: Annotated[int, least(1), most(2**31 - 1)] = 32000
     """Pieces, the 256 bytes and <unk> included."""
 
     model_type: Literal["bpe", "unigram"] = "bpe"

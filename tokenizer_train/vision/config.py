@@ -76,7 +76,7 @@ class LossConfig(Section, section="loss"):
         super().__post_init__()
         if self.lpips_vgg16 and not (self.vgg16_weights and self.lpips_heads):
             raise InputError(
-                f"loss.lpips_vgg16 {self.lpips_vgg16}: needs loss.vgg16_weights and loss.lpips_heads; "
+                f"loss.lpips_vgg16 = {self.lpips_vgg16}: needs loss.vgg16_weights and loss.lpips_heads; "
                 "python -m tokenizer_train.vision.fetch_vgg16 fetches both, loss.efficientnet_lite0 needs neither"
             )
 
@@ -276,28 +276,30 @@ class VisionTokenizerTrainingConfig(Section):
             self.discriminator.start_step <= self.loss.adversarial_start_step < self.train.train_steps
         ):
             raise InputError(
-                f"loss.adversarial_start_step {self.loss.adversarial_start_step}: must be at least "
-                f"discriminator.start_step {self.discriminator.start_step} and below train.train_steps "
+                f"loss.adversarial_start_step = {self.loss.adversarial_start_step}: must be at least "
+                f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
                 f"{self.train.train_steps}"
             )
         if self.codebook.start_step >= self.train.train_steps:
             raise InputError(
-                f"codebook.start_step {self.codebook.start_step}: must be below train.train_steps "
+                f"codebook.start_step = {self.codebook.start_step}: must be below train.train_steps = "
                 f"{self.train.train_steps}, or the codes are never placed"
             )
 
     def _check_codes_stay(self) -> None:
         """Refuse what would move the codes, or nothing at all."""
         if self.checkpoint.init_from is None:
-            raise InputError("checkpoint.init_from None: train.trained decoder needs the folder of a trained tokenizer")
+            raise InputError(
+                "checkpoint.init_from = None: train.trained decoder needs the folder of a trained tokenizer"
+            )
         loss, codebook = self.loss, self.codebook
         if codebook.update == "ema":
-            raise InputError("codebook.update 'ema': moves the codes, set gradient with train.trained decoder")
+            raise InputError("codebook.update = 'ema': moves the codes, set gradient with train.trained decoder")
         idle = {f"loss.{name}": getattr(loss, name) for name in CODE_TERMS}
         idle |= {f"codebook.{name}": getattr(codebook, name) for name in CODE_STEPS}
         for name, value in idle.items():
             if value:
-                raise InputError(f"{name} {value}: with train.trained decoder the codes stay as they are, set 0")
+                raise InputError(f"{name} = {value}: with train.trained decoder the codes stay as they are, set 0")
 
     def _check_quantizer(self) -> None:
         loss, codebook = self.loss, self.codebook
@@ -309,17 +311,17 @@ class VisionTokenizerTrainingConfig(Section):
             }
             for name in (name for name, is_wrong in wrong.items() if is_wrong):
                 raise InputError(
-                    f"codebook.{name} {getattr(codebook, name)!r}: is for model.quantizer nearest; every code of an "
+                    f"codebook.{name} = {getattr(codebook, name)!r}: is for model.quantizer nearest; every code of an "
                     f"ibq has a gradient, so set {'gradient' if name == 'update' else 0}"
                 )
             if loss.entropy and self.train.accumulation_steps > 1:
                 raise InputError(
-                    f"loss.entropy {loss.entropy} with train.accumulation_steps {self.train.accumulation_steps}: "
+                    f"loss.entropy = {loss.entropy} with train.accumulation_steps = {self.train.accumulation_steps}: "
                     "set 1, and take more ranks instead; the entropy of a mean is not the mean of entropies"
                 )
             return
         for name in ("index_propagation", "entropy"):
             if getattr(loss, name):
-                raise InputError(f"loss.{name} {getattr(loss, name)}: acts with model.quantizer ibq alone, set 0")
+                raise InputError(f"loss.{name} = {getattr(loss, name)}: acts with model.quantizer ibq alone, set 0")
         if codebook.update == "ema" and loss.codebook:
-            raise InputError(f"loss.codebook {loss.codebook}: moves nothing with codebook.update ema, set 0")
+            raise InputError(f"loss.codebook = {loss.codebook}: moves nothing with codebook.update ema, set 0")

@@ -97,12 +97,12 @@ class MediaConfig(Section, section="media"):
                 "give one for each"
             )
         if self.input_weights and not sum(self.input_weights):
-            raise InputError(f"media.input_weights {self.input_weights}: at least one must be above 0")
+            raise InputError(f"media.input_weights = {self.input_weights}: at least one must be above 0")
         for name in ("aspect_ratios", "clip_strides"):
             if not getattr(self, name):
                 raise InputError(f"media.{name} is empty: give at least one number")
         if any(size <= self.size for size in self.larger_sizes):
-            raise InputError(f"media.larger_sizes {self.larger_sizes}: must all be above media.size {self.size}")
+            raise InputError(f"media.larger_sizes = {self.larger_sizes}: must all be above media.size = {self.size}")
 
     def check_factors(self, spatial_factor: int, temporal_factor: int) -> None:
         """Refuse sizes and clips that a tokenizer of these factors cannot take.
@@ -112,14 +112,14 @@ class MediaConfig(Section, section="media"):
         """
         for name, size in (("size", self.size), *(("larger_sizes", size) for size in self.larger_sizes)):
             if size % spatial_factor:
-                raise InputError(f"media.{name} {size}: must be a multiple of the spatial factor {spatial_factor}")
+                raise InputError(f"media.{name} = {size}: must be a multiple of the spatial factor {spatial_factor}")
         if self.clip_frames % temporal_factor:
             raise InputError(
-                f"media.clip_frames {self.clip_frames}: must be a multiple of the temporal factor {temporal_factor}"
+                f"media.clip_frames = {self.clip_frames}: must be a multiple of the temporal factor {temporal_factor}"
             )
         frames = self.clip_frames or temporal_factor
         if self.clip_share and self.batch_size < frames:
             raise InputError(
-                f"media.batch_size {self.batch_size}: must hold the {frames} frames of one clip when "
+                f"media.batch_size = {self.batch_size}: must hold the {frames} frames of one clip when "
                 "media.clip_share is not 0"
             )
