@@ -32,7 +32,7 @@ from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.section import Name, Section
-from megatron_ext.files import replacing, writing
+from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, decode_picture
 from megatron_ext.observe.progress import progress
 
@@ -354,7 +354,9 @@ def _read_json(path: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
-    fetch(load(FetchMediaConfig, argv, prog="fetch_media.py"))
+    config = load(FetchMediaConfig, argv, prog="fetch_media.py")
+    check_folder(config.output, "output")
+    fetch(config)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from megatron_ext.curate.caption_server import CaptionServer, ServerConfig
 from megatron_ext.curate.captioning import Captioning, finished_record
 from megatron_ext.curate.captions import ShownConfig
 from megatron_ext.curate.inputs import pieces_of
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
@@ -62,6 +63,7 @@ def settings(config: CaptionConfig) -> dict:
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CaptionConfig, argv, prog="caption")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from megatron_ext.config import InputError, as_dict, load, run_program, to_yaml
 from megatron_ext.config.section import Count, Name, Section
+from megatron_ext.files import check_folder, writing
 
 DIRECTIONS = ("to-hf", "from-hf", "check")
 
@@ -68,6 +69,7 @@ class CheckConfig(Section):
 
 def to_hf(config: ToHfConfig) -> None:
     """Export."""
+    check_folder(config.output, "output")
     import torch
 
     from megatron_ext.hf.contents import Source
@@ -88,10 +90,10 @@ def to_hf(config: ToHfConfig) -> None:
 
 def from_hf(config: FromHfConfig) -> None:
     """Import."""
+    check_folder(config.output, "output")
     import torch
 
     from megatron_ext.checkpoint.streaming import write_weights
-    from megatron_ext.files import writing
     from megatron_ext.hf import load_vision_from_hf, model_section, read_config, read_decoder, read_vocabulary
     from megatron_ext.hf.convert import VISION_FOLDER
     from megatron_ext.vision import save_vision_tokenizer

@@ -31,6 +31,7 @@ from megatron_ext.curate.predictor import AestheticConfig, load_predictor
 from megatron_ext.curate.table import PartTable
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.verdict import UNREADABLE
+from megatron_ext.files import check_folder
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
 
@@ -94,6 +95,7 @@ class CurateImagesConfig(ShardConfig):
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CurateImagesConfig, argv, prog="curate_images")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     shard_index, num_shards = shard_of_job(config.shard_index, config.num_shards)
     if config.overwrite and (num_shards > 1 or config.stage in ("decide", "write")):

@@ -26,6 +26,7 @@ from megatron_ext.curate.table import PartTable, Row
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.video_filters import VideoFiltersConfig
 from megatron_ext.curate.video_work import VideoCurator
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
@@ -96,6 +97,7 @@ def made_by(config: CurateVideosConfig, digest: str, rater: "AestheticPredictor 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CurateVideosConfig, argv, prog="curate_videos")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)
     if config.overwrite and shards > 1:

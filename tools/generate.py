@@ -21,7 +21,7 @@ from rich.console import Console
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.section import Bound, Count, Name, NonNegative, Number, Positive, Section, Seed, Share, above
-from megatron_ext.files import replacing
+from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -242,7 +242,7 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
         pixels_CHW = vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]
         first = Picture.fromarray(to_uint8(pixels_CHW))
         options, file, kind = {}, path.with_suffix(".png"), "PNG"
-    with replacing(file) as temporary:
+    with writing(file, "output"), replacing(file) as temporary:
         first.save(temporary, format=kind, **options)
     return file.name
 
@@ -284,11 +284,13 @@ def main(argv: list[str]) -> None:
     """Generate what `argv` asks for."""
     config = load(GenerateConfig, argv, prog="generate.py")
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, "output"):
+        output.mkdir(parents=True, exist_ok=True)
+    check_folder(output, "output")
     with open_models(config) as models:
         started = time.monotonic()
         results = draw(config, models) if config.task == "draw" else write_captions(config, models)
-    with replacing(output / "results.json") as temporary:
+    with writing(output, "output"), replacing(output / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for result in results:
         print(f"{result['file']}: {result['caption']}")

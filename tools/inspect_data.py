@@ -32,6 +32,7 @@ from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
 from megatron_ext.data.survey import COUNTED_IDS, count_ids, default_workers, judge
+from megatron_ext.files import check_folder
 from megatron_ext.observe.dataset_page import DatasetPage, Surveyed
 from megatron_ext.observe.painter import Painter
 from megatron_ext.observe.progress import progress
@@ -81,6 +82,14 @@ class InspectConfig(Section):
 
     windows_shown: Number = 16
     """Windows of each dataset on the page, evenly spread."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_length is not None and self.seq_length % self.document_alignment:
+            raise InputError(
+                f"seq_length {self.seq_length} is not a multiple of document_alignment {self.document_alignment}: "
+                "change one of them"
+            )
 
     @property
     def rules(self) -> PackingRules | None:
@@ -224,6 +233,8 @@ def inspect_datasets(config: InspectConfig) -> None:
     Raises:
         InputError: no dataset, one that is not whole, the wrong vision tokenizer.
     """
+    if config.output is not None:
+        check_folder(config.output, "output")
     asked = Asked.of(config)
     workers = config.workers or default_workers()
     datasets = asked.datasets()
@@ -290,10 +301,10 @@ def inspect_step(config: InspectStepConfig) -> None:
     ranks_per_window = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     world_size = config.world_size or ranks_per_window
     validate_config(config, world_size)
+    if config.output is not None:
+        check_folder(config.output, "output")
     data_ranks = world_size // ranks_per_window
-    if not 1 <= config.step:
-        raise InputError(f"step is {config.step}: steps are counted from 1")
-    if config.data_rank is not None and not 0 <= config.data_rank < data_ranks:
+    if config.data_rank is not None and config.data_rank >= data_ranks:
         raise InputError(f"data_rank is {config.data_rank}: world_size {world_size} has data ranks 0..{data_ranks - 1}")
     vocabulary = Vocabulary.load(config.vocab)
     data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))

@@ -16,6 +16,7 @@ from megatron_ext.data.manifest import Manifest, dataset_path
 from megatron_ext.data.merge import merge_datasets, merge_shards, shards_of
 from megatron_ext.data.preprocess import split_prefix
 from megatron_ext.data.report import dataset_report
+from megatron_ext.files import check_folder
 from megatron_ext.observe.progress import progress
 
 
@@ -44,6 +45,7 @@ class MergeConfig(Section):
 def main(argv: list[str]) -> None:
     """Join what `argv` names and print the report of the result."""
     config = load(MergeConfig, argv, prog="merge_datasets.py")
+    check_folder(Path(config.output_prefix).parent, "output_prefix")
     if config.inputs:
         prefixes = [Path(prefix) for prefix in config.inputs]
         with progress("merge", _size(prefixes), "bytes", Console()) as advance:

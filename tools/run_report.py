@@ -18,7 +18,7 @@ from rich.table import Table
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.section import Count, Name, Positive, Section
-from megatron_ext.files import read_json_lines
+from megatron_ext.files import check_file, read_json_lines
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
 from megatron_ext.observe.elements import Bar
 from megatron_ext.observe.report import COLORS, Points, Report, curves, smooth
@@ -257,6 +257,8 @@ def _event_row(event: dict[str, Any]) -> list[str]:
 def main(argv: list[str]) -> None:
     """Print the summary and write the page."""
     config = load(RunReportConfig, argv, prog="run_report.py")
+    if config.output is not None:
+        check_file(config.output, "output")
     story = read_story(Path(config.run))
     console = Console(highlight=False)
     print_summary(story, config, console)

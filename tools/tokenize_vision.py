@@ -18,6 +18,7 @@ from rich.console import Console
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.config.section import Count, Name, NonNegative, Number, Share
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, MediaError, Part, ResizeConfig, Sample, listing_of, parts_of, readable_name
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.media.decode import ClipConfig, DecodedSample, Decoder
@@ -136,6 +137,7 @@ def _digest(entries: list[Sample | Fault]) -> str:
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(TokenizeVisionConfig, argv, prog="tokenize_vision")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
     index, count = shard_of_job(config.shard_index, config.num_shards)

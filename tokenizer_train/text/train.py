@@ -21,7 +21,7 @@ from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, load, run_program
 from megatron_ext.config.section import Name, Section, Seed, Share, below, least, most
-from megatron_ext.files import replacing, writing
+from megatron_ext.files import check_file, replacing, writing
 from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
 from tokenizer_train.text.corpus import Corpus, CorpusFiles, sample_corpus
@@ -126,6 +126,8 @@ def main(argv: list[str]) -> None:
     """Read, train, check as `Vocabulary.load` will, measure, write the model and its report."""
     config = load(TextTokenizerTrainConfig, argv, prog="python -m tokenizer_train.text.train")
     output = Path(config.output)
+    for written in (output, output.with_suffix(".json")):
+        check_file(written, "output")
     files = CorpusFiles.find(config.input, config.captions)
     corpus = _read(files, config)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)

@@ -23,7 +23,7 @@ from rich.console import Console
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
 from megatron_ext.config.section import Count, Name, Number, Section, Share
-from megatron_ext.files import replacing
+from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
 from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
@@ -245,7 +245,9 @@ def main(argv: list[str]) -> None:
     config = load(EvaluateConfig, argv, prog="tokenizer_train.vision.evaluate")
     console = Console(highlight=False)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, "output"):
+        output.mkdir(parents=True, exist_ok=True)
+    check_folder(output, "output")
     evaluation = Evaluation(config, console)
     rows = evaluation.run()
     report = {
@@ -253,7 +255,7 @@ def main(argv: list[str]) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow", "av")},
         "skipped": evaluation.bad.samples, "rows": rows,
     }  # fmt: skip
-    with replacing(output / "report.json") as temporary:
+    with writing(output, "output"), replacing(output / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     wide = console if console.is_terminal else Console(highlight=False, width=200)
     wide.print(score_table(rows, evaluation.networks))
