@@ -20,17 +20,17 @@ class PreprocessConfig(ShardConfig):
     vocab: VocabConfig = field(default_factory=VocabConfig)
     """Which ids mean what."""
 
-    vision: tuple[str, ...] = ()
+    vision: tuple[Name, ...] = ()
     """List of folders of tokenized pictures and clips, as tokenize_vision.py writes them; documents of captions."""
 
-    rows: tuple[str, ...] = ()
+    rows: tuple[Name, ...] = ()
     """List of glob patterns of .jsonl (also .gz or .zst) and .parquet files whose rows are documents that refer to
     media by key: interleaved ones (content), or questions and answers (media, question, answer or turns)."""
 
-    row_media: tuple[str, ...] = ()
+    row_media: tuple[Name, ...] = ()
     """List of folders of tokenized media that rows refer to."""
 
-    text: tuple[str, ...] = ()
+    text: tuple[Name, ...] = ()
     """List of glob patterns of text files (`**` for folders): UTF-8, or .jsonl and .parquet with a document per row in
     text_field; each but .parquet also as .gz or .zst."""
 
@@ -81,7 +81,7 @@ class PreprocessConfig(ShardConfig):
     """Share of the sources held out, whatever the seed; all documents of a picture fall on one side, and near-duplicate
     texts and pictures (see duplicates) on the same."""
 
-    duplicates: tuple[str, ...] = ()
+    duplicates: tuple[Name, ...] = ()
     """List of glob patterns of Parquet files with columns key and phash, as curate_images.py writes them: pictures
     whose perceptual hashes differ little fall on one side of the held-out split. Without: each key by itself."""
 

@@ -21,6 +21,8 @@ def check_folder(path: str | Path, field: str) -> None:
 
 def check_file(path: str | Path, field: str) -> None:
     """Raise InputError unless a file `path` can be written, its folders made where they are missing."""
-    if Path(path).is_dir():
+    with writing(path, field):
+        is_folder = Path(path).is_dir()
+    if is_folder:
         raise InputError(f"{field}: cannot write {path} (it is a folder): give the path of a file")
     check_folder(Path(path).parent, field)
