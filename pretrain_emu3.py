@@ -29,6 +29,7 @@ def train(config: RunConfig) -> None:
     """Compose the rooms and fit."""
     # Imported here, so that --help and --print_config answer at once.
     from megatron_ext.checkpoint.decoder import DecoderCheckpoint
+    from megatron_ext.checkpoint.open import precision_of_run
     from megatron_ext.data import build_data
     from megatron_ext.model import build_model
     from megatron_ext.objectives import build_objective
@@ -40,21 +41,23 @@ def train(config: RunConfig) -> None:
     from megatron_ext.train import MicrobatchRunner, Trainer, resume_or_init
     from megatron_ext.vocab import Vocabulary
 
-    config_yaml = to_yaml(config)
     vocab = Vocabulary.load(config.vocab)
     is_first = int(os.environ.get("RANK", 0)) == 0
     with (
         StopRequest.where_ignored(signal.SIGTERM) as told_before,
         Notice.at_end(config.resilience.notify, config.observe.run_dir, is_main=is_first) as notice,
-        Topology.start(config.runtime, config.parallel) as topology,
+        Topology.start(
+            config.runtime, config.parallel, begun_in=lambda: precision_of_run(config.observe.run_dir)
+        ) as topology,
         Run.open(
             config.observe,
             topology.is_main,
-            config_yaml,
+            config_yaml := to_yaml(config.computing_in(topology.precision.name)),
             total_steps=config.train.train_steps,
             environment=topology.environment,
         ) as run,
     ):
+        run.tell_precision(topology.precision)
         data = build_data(config.data, config.train, vocab, topology)
         objective = build_objective(config.objective, vocab.layout)
         model = build_model(config.model, config.parallel, vocab.layout, topology, config.train.seed)

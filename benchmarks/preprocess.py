@@ -28,10 +28,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tiktoken.load import load_tiktoken_bpe
 
 from megatron_ext.config import load, run_program
+from megatron_ext.data.held_out import find_held_out
 from megatron_ext.data.manifest import flush
 from megatron_ext.data.merge import merge_shards
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.preprocess import Work
+from megatron_ext.data.sources import TokenizedFolder
 from megatron_ext.vocab import VocabLayout
 
 # Emu3's, which is Qwen's (baaivision/Emu3 @ f6ea9aa, emu3/mllm/tokenization_emu3.py:34).
@@ -193,6 +195,14 @@ def compare(config: PreprocessConfig, workers: list[int], plain: Callable[[Path]
     return Figures(ways, merge, (folder / "s_train.bin").stat().st_size)
 
 
+def divide(codes: Path, folder: Path) -> Spent:
+    """Of reading all pictures to divide them into training and held-out ones."""
+    tokenized = TokenizedFolder.open(codes)
+    tars = [(tokenized, shard) for shard in tokenized.shards]
+    given = {"fraction": 0.01, "distance": 4, "cache": folder / "cache", "workers": 1}
+    return spent(lambda: find_held_out(tars, (), (), **given))
+
+
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(BenchmarkConfig, argv, prog="benchmarks/preprocess.py")
@@ -214,11 +224,14 @@ def main(argv: list[str]) -> None:
         pictures = compare(
             given, config.workers, lambda out: write_plainly(plain_pictures(folder / "codes", tokenizer), out), folder
         )
+        divided = config.pictures / divide(folder / "codes", folder).cpu
     kinds = {"text, MB": (size / 1e6, texts), f"{config.grid} x {config.grid} pictures": (config.pictures, pictures)}
-    report(kinds, Path(config.output), texts, pictures)
+    report(kinds, Path(config.output), texts, pictures, divided)
 
 
-def report(kinds: dict[str, tuple[float, Figures]], output: Path, texts: Figures, pictures: Figures) -> None:
+def report(
+    kinds: dict[str, tuple[float, Figures]], output: Path, texts: Figures, pictures: Figures, divided: float
+) -> None:
     """Print the table, write the JSON."""
     print(f"{'':20}{'':>12}{'per second':>12}{'times':>8}{'per core second':>18}{'times':>8}")
     rows = []
@@ -233,11 +246,13 @@ def report(kinds: dict[str, tuple[float, Figures]], output: Path, texts: Figures
     merged = sum(part.merged_bytes for part in (texts, pictures)) / 1e6
     taken = [sum(getattr(part.merge, clock) for part in (texts, pictures)) for clock in ("wall", "cpu")]
     print(f"{'merge, MB':32}{merged / taken[0]:>12,.1f}{'':8}{merged / taken[1]:>18,.1f}")
+    print(f"{'divide, pictures':44}{'':8}{divided:>18,.1f}")
     first = next(way for way in texts.ways if way != "plain")
     rates = {
         "text_megabytes_per_second": kinds["text, MB"][0] / texts.ways[first].cpu,
         "ids_per_second": pictures.merged_bytes / 4 / pictures.ways[first].cpu,
         "merge_megabytes_per_second": merged / taken[0],
+        "divide_samples_per_second": divided,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({**rates, "rows": rows}, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from megatron_ext.config import load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.files import replacing
 from megatron_ext.runtime import Topology
+from megatron_ext.runtime.precision import settle_precision
 from tokenizer_train.vision import data
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -93,6 +94,8 @@ def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(BenchmarkConfig, argv, prog="benchmarks/tokenizer_step.py")
     training = load(VisionTokenizerTrainingConfig, ["--config", config.training], prog="benchmarks/tokenizer_step.py")
+    precision = settle_precision(training.train.precision, torch.device("cpu")).name
+    training = replace(training, train=replace(training.train, precision=precision))
     ours, adam = (
         replace(training, optim=replace(training.optim, optimizer=optimizer)) for optimizer in ("muon", "adam")
     )

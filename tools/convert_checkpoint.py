@@ -33,7 +33,8 @@ class ToHfConfig(Section):
     """transformers: its own classes; baai: the layout of BAAI's released models, for BAAI's code."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the decoder's weights; the vision tokenizer stays in float32."""
+    """Type of the decoder's weights; the vision tokenizer stays in float32. float32: the master weights of Adam, where
+    the checkpoint has them (checkpoint.optimizer_format fully_reshardable)."""
 
     remote_code_from: Name | None = None
     """Folder with BAAI's Python files, such as a clone of github.com/baaivision/Emu3, to copy into a baai export."""
@@ -77,7 +78,7 @@ def to_hf(config: ToHfConfig) -> None:
 
     notes = write_release(
         config.output,
-        Source.of_checkpoint(config.checkpoint, config.vision_tokenizer),
+        Source.of_checkpoint(config.checkpoint, config.vision_tokenizer, exact=config.dtype == "float32"),
         format=config.format,
         dtype=getattr(torch, config.dtype),
         remote_code_from=config.remote_code_from,

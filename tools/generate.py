@@ -5,7 +5,6 @@ python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer 
 """
 
 import contextlib
-import glob
 import json
 import re
 import time
@@ -21,7 +20,7 @@ from rich.console import Console
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.section import Bound, Count, Name, NonNegative, Number, Positive, Section, Seed, Share, above
-from megatron_ext.files import check_folder, replacing, writing
+from megatron_ext.files import check_folder, files_named, replacing, text_of, writing
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -96,6 +95,10 @@ class GenerateConfig(Section):
 
     top_p: Annotated[Share, above(0)] = 1.0
     """Only the likeliest ids that together reach this probability may be drawn."""
+
+    keep_codes: bool = False
+    """Write the codes of each drawing beside it, as NUMBER.codes.npy: [height, width] of a picture, [frames, height,
+    width] of a clip."""
 
     seed: Seed = 0
     """Same seed, same result, whatever the batch size."""
@@ -185,7 +188,7 @@ def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
     """Write a PNG per caption, for clips a GIF; returns the entries of results.json."""
     from megatron_ext.generate import drawing_prompt
 
-    captions = _captions(config)
+    captions = captions_of(config)
     grid = _grid(config, models)
     prompts = [
         drawing_prompt(caption, grid, models.vocab, negative_prompt=config.negative_prompt, sample=number)
@@ -193,7 +196,10 @@ def draw(config: GenerateConfig, models: Models) -> list[dict[str, Any]]:
     ]
     results = []
     for number, (caption, segment) in enumerate(zip(captions, run_prompts(config, models, prompts), strict=True)):
-        file = _write_picture(Path(config.output) / f"{number:05d}", segment, models.vision)
+        path = Path(config.output) / f"{number:05d}"
+        file = _write_picture(path, segment, models.vision)
+        if config.keep_codes:
+            _write_codes(path.with_suffix(".codes.npy"), segment)
         results.append({"caption": caption, "file": file, "grid": grid.meta, "seed": config.seed, "sample": number})
     return results
 
@@ -202,7 +208,7 @@ def write_captions(config: GenerateConfig, models: Models) -> list[dict[str, Any
     """Describe each picture; returns the entries of results.json."""
     from megatron_ext.generate import captioning_prompt
 
-    files = [file for pattern in config.image for file in _files(pattern, "image")]
+    files = pictures_of(config)
     prompts = []
     for number, file in enumerate(files):
         codes_HW = _encode(file, config, models)
@@ -247,22 +253,26 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
     return file.name
 
 
-def _captions(config: GenerateConfig) -> list[str]:
+def _write_codes(path: Path, segment: Segment) -> None:
+    codes = segment.codes_THW if isinstance(segment, Video) else segment.codes_HW
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, codes)
+
+
+def captions_of(config: GenerateConfig) -> list[str]:
+    """The captions to draw. Raises InputError: a file that is missing, or not UTF-8."""
     lines = []
-    for file in _files(config.captions_file, "captions_file") if config.captions_file is not None else []:
+    for file in files_named(config.captions_file, "captions_file") if config.captions_file is not None else []:
         try:
-            lines += Path(file).read_text(encoding="utf-8").splitlines()
+            lines += text_of(file.read_bytes()).splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"captions_file {file!r}: {error}") from None
+            raise InputError(f"captions_file {str(file)!r}: {error}") from None
     return [*config.caption, *(line.strip() for line in lines if line.strip())]
 
 
-def _files(pattern: str, field: str) -> list[str]:
-    """Files that a glob pattern names, in order."""
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise InputError(f"{field} {pattern!r}: no such file")
-    return files
+def pictures_of(config: GenerateConfig) -> list[str]:
+    """The picture files to caption. Raises InputError: one that is missing."""
+    return [str(file) for pattern in config.image for file in files_named(pattern, "image")]
 
 
 def _grid(config: GenerateConfig, models: Models) -> Grid:

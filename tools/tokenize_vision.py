@@ -35,8 +35,9 @@ class TokenizeVisionConfig(ShardConfig):
     """Tokenize pictures and clips: folders, WebDataset tars or manifests in, tar shards of codes and a manifest out."""
 
     inputs: list[Name]
-    """Folders in the layout of img2dataset's "files" output, WebDataset tars, pictures, clips, manifests (.jsonl or
-    .parquet with a column path, as curation writes them), and glob patterns of these."""
+    """Folders in the layout of img2dataset's "files" output or of tars, WebDataset tars, pictures, clips, manifests
+    (.jsonl or .parquet with a column path, as curation writes them; img2dataset's .parquet with pictures), and glob
+    patterns of these."""
 
     tokenizer: Name
     """Folder of the vision tokenizer (config.json, model.safetensors)."""

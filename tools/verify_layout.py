@@ -42,7 +42,8 @@ def report(found: "Verification", console: Console) -> None:
     lines = [
         f"layout   {settings or 'data parallel only'}; {runtime.precision} on {found.device}",
         f"trained  {model.num_layers} layers of width {model.hidden_size}, {train.train_steps} steps of "
-        f"{train.global_batch_size} windows of {train.seq_length:,} ids",
+        f"{train.global_batch_size} windows of {train.seq_length:,} ids; gradient buckets: {len(found.buckets)}, "
+        f"padded: {sum(bucket.padded > bucket.elements for bucket in found.buckets)}",
         "",
         f"{'quantity':<22}{'largest difference':>20}{'bound':>10}   where",
     ]

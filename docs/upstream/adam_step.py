@@ -7,13 +7,11 @@ in the parameter groups). Loading what was just saved should change nothing. It 
 tensor, which AdamW then increments once for each of them: the bias correction of every later update is wrong.
 """
 
-import os
-
 import torch
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
+from one_process import one_process
 
 
 class Model(torch.nn.Module):
@@ -48,35 +46,12 @@ def train(steps: int, load_after: int | None, device: torch.device) -> tuple[lis
     return [state["step"].item() for state in inner.optimizer.state.values()], wrapped.module.loss().item()
 
 
-def without_a_gpu() -> None:
-    """megatron-core names CUDA in literals; the bug does not depend on the device."""
-
-    def on_cpu(factory):
-        return lambda *args, **kwargs: factory(*args, **{**kwargs, **({"device": "cpu"} if "device" in kwargs else {})})
-
-    for name in ("tensor", "zeros", "empty", "zeros_like"):
-        setattr(torch, name, on_cpu(getattr(torch, name)))
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.current_stream = torch.cuda.synchronize = lambda *args: None
-    type_of = torch.Tensor.type
-    torch.Tensor.type = lambda self, *args: (
-        type_of(self, *args) if args else type_of(self).replace("torch.", "torch.cuda.", 1)
-    )
-
-
 def main() -> None:
     """Print both runs; exit with 1 where they differ."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        without_a_gpu()
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29512")
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    plain, loaded = train(6, None, device), train(6, 3, device)
+    with one_process() as device:
+        plain, loaded = train(6, None, device), train(6, 3, device)
     print(f"6 updates:                         Adam steps {plain[0]}, loss {plain[1]:.6f}")
     print(f"6 updates, state loaded after 3:   Adam steps {loaded[0]}, loss {loaded[1]:.6f}")
-    torch.distributed.destroy_process_group()
     raise SystemExit(plain != loaded)
 
 

@@ -73,6 +73,14 @@ class SaveAttempt:
         self._results: Any = None
         self._failure: str | None = None
 
+    def refuse(self, fault: str | None) -> bool:
+        """Whether a rank knows a `fault` of what would be saved: nothing is written then, and `poll` says why."""
+        self._failure = fault
+        refused = self.topology.any(fault is not None)
+        if refused:
+            self._blocked = time.monotonic() - self._began
+        return refused
+
     def start(self, sharded: dict[str, Any], prepare: Callable[[Path], None], *, in_background: bool) -> None:
         """Take the state as it is now and begin to write it; `prepare(folder)` adds files, on the main rank.
 
@@ -92,7 +100,7 @@ class SaveAttempt:
                     self._results = write()
             except OSError as error:
                 self._failure = str(error)
-        self._blocked += time.monotonic() - self._began
+        self._blocked = time.monotonic() - self._began
 
     def poll(self, metadata: Mapping[str, Any]) -> SaveOutcome | None:
         """None while a rank still writes; else the checkpoint is made, or the attempt given up, on all ranks alike."""

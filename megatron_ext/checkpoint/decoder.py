@@ -11,17 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.checkpoint.attempt import WEIGHTS, SaveAttempt, SaveOutcome
+from megatron_ext.checkpoint.consistency import contradiction
+from megatron_ext.checkpoint.repairs import own_groups, unpadded_offsets, unshare_adam_steps
 from megatron_ext.checkpoint.room import check_room, checkpoint_bytes
 from megatron_ext.checkpoint.store import CheckpointStore, check_contents, damaged, read_metadata
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.errors import InputError
 from megatron_ext.model import Emu3Model
-from megatron_ext.optim import Optimizer
+from megatron_ext.optim import Optimizer, gradient_buckets
 from megatron_ext.runtime import Topology
 from megatron_ext.vocab import Vocabulary
 
@@ -67,6 +68,9 @@ class DecoderCheckpoint:
         self.model: Emu3Model = optimizer.model.module
         self.optimizer = optimizer
         self.inner = optimizer.inner
+        (self.distributed,) = optimizer.inner.chained_optimizers
+        """Ours has one type of gradient, and therefore one."""
+        self.buckets = [bucket.elements for bucket in gradient_buckets(optimizer.model)]
         self.topology = topology
         self.vocab = vocab
         self.identities = {"vocabulary": vocab.identity, "model": self.model.shape.identity, **identities}
@@ -84,23 +88,39 @@ class DecoderCheckpoint:
         needed = checkpoint_bytes(self.model, self.topology.tensor_parallel_size)
         self.topology.from_main(lambda: check_room(self.store.root, needed, self.section.keep))
 
+    def check_format(self, optimizer_format: str) -> None:
+        """Raise InputError, on every rank, where a rank would have nothing of a gradient bucket to save in this format.
+
+        megatron-core takes that for a fault, in both directions (distrib_optimizer.py, "empty bucket encountered").
+        """
+        buckets = [bucket for ranges in self.distributed.gbuf_ranges for each in ranges.values() for bucket in each]
+        is_empty = any(not bucket["param_map"] for bucket in buckets)
+        if self.topology.any(is_empty and optimizer_format == "dp_reshardable"):
+            raise InputError(
+                f"checkpoint.optimizer_format dp_reshardable with a gradient bucket of {min(self.buckets):,} elements "
+                "leaves a rank without a part of one: raise parallel.bucket_size, or set checkpoint.optimizer_format "
+                "to fully_reshardable"
+            )
+
     def start_save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin to checkpoint weights, optimizer and `state` (JSON data) as they are now. `poll` or `finish` tells the
         outcome; call one of them until it has, before the next start.
         """
         assert self._attempt is None
+        self._attempt = SaveAttempt(step, self.store, self.topology, timeout_s=self.section.save_timeout_s)
         self.optimizer.gather_weights()
         sharded = self._sharded_state(self.section.optimizer_format, is_loading=False)
         self._metadata = {
             "train_state": dict(state),
             "optimizer_format": self.section.optimizer_format,
             "layout": self.topology.layout,
+            "gradient_buckets": self.buckets,
             **self.identities,
         }
-        self._attempt = SaveAttempt(step, self.store, self.topology, timeout_s=self.section.save_timeout_s)
-        self._attempt.start(
-            sharded, _beside_weights(self.vocab, self.config_yaml), in_background=self.section.async_save
-        )
+        if not self._attempt.refuse(contradiction(self.model, self.distributed, sharded["optimizer"])):
+            self._attempt.start(
+                sharded, _beside_weights(self.vocab, self.config_yaml), in_background=self.section.async_save
+            )
 
     def poll(self) -> SaveOutcome | None:
         """The outcome of the save in progress, the same on every rank; None where there is none yet, or no save."""
@@ -185,23 +205,42 @@ class DecoderCheckpoint:
                     "the checkpoint was trained with, or start another observe.run_dir"
                 )
 
+    def _check_same_parts(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Raise InputError unless the parts of a dp_reshardable checkpoint are parts of this run's optimizer."""
+        size, elements = metadata.get("layout", {}).get("tensor_parallel_size"), metadata.get("gradient_buckets")
+        if size != self.topology.tensor_parallel_size:
+            raise InputError(
+                f"{folder} was saved with checkpoint.optimizer_format dp_reshardable at "
+                f"parallel.tensor_model_parallel_size {size}, this run has {self.topology.tensor_parallel_size}: go on "
+                f"with {size}, and to change it save once with checkpoint.optimizer_format fully_reshardable"
+            )
+        if elements is not None and elements != self.buckets:
+            raise InputError(
+                f"{folder} was saved with checkpoint.optimizer_format dp_reshardable in {len(elements)} gradient "
+                f"buckets (the first of {elements[0]:,} elements), this run has {len(self.buckets)} "
+                f"({self.buckets[0]:,}): go on with its parallel.bucket_size and parallel.overlap_grad_reduce "
+                f"({folder / 'config.yaml'}), and to change them save once with checkpoint.optimizer_format "
+                "fully_reshardable"
+            )
+
     def _restore_all(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Weights and optimizer, whatever `checkpoint.optimizer_format` they were saved in."""
         saved_as = metadata.get("optimizer_format", "fully_reshardable")  # the only one of format 1
-        _check_tensor_size(folder, saved_as, metadata, self.topology)
-        optimizers = self.inner.chained_optimizers
-        hyperparameters = [_hyperparameters(group) for group in self.inner.param_groups]
-        for optimizer in optimizers:
-            # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
-            optimizer._init_optimizer_states_with_dummy_values()
+        if saved_as == "dp_reshardable":
+            self._check_same_parts(folder, metadata)
+            self.check_format(saved_as)
+        # A fresh torch AdamW has no state yet, and upstream reads one (distrib_optimizer.py:642).
+        self.distributed._init_optimizer_states_with_dummy_values()
         state = _load(folder, self._sharded_state(saved_as, is_loading=True))
         _load_model(self.model, state["model"])
+        # Before the master weights are restored: in fp32 they are the weights.
+        fault = contradiction(self.model, self.distributed, state["optimizer"])
+        if self.topology.any(fault is not None):
+            raise _contradictory(folder, metadata, fault or "another rank found it")
+        groups = state["optimizer"]["optimizer"]
+        groups["param_groups"] = own_groups(groups["param_groups"], self.distributed.param_groups)
         self.inner.load_state_dict(state["optimizer"])
-        for optimizer in optimizers:
-            complete_groups(optimizer.optimizer)
-            unshare_adam_steps(optimizer.optimizer)
-        for group, configured in zip(self.inner.param_groups, hyperparameters, strict=True):
-            group.update(configured)
+        unshare_adam_steps(self.distributed.optimizer)
 
     def _sharded_state(self, optimizer_format: str, *, is_loading: bool) -> dict[str, Any]:
         model_state = _model_state(self.model)
@@ -211,52 +250,25 @@ class DecoderCheckpoint:
             "distrib_optim_fully_reshardable_mem_efficient": True,
             "dp_cp_group": self.topology.groups.dp_cp,
         }
-        optimizer_state = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
+        with unpadded_offsets(self.distributed):
+            optimizer_state = self.inner.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
         if optimizer_state["param_state"] is None:
             # Gathered elsewhere. Left in, it would count as a value that differs from rank 0's, and be warned of.
             del optimizer_state["param_state"]
         return {"model": model_state, "optimizer": optimizer_state}
 
 
-def complete_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Make the parameter groups of a load those of `optimizer`, which another Adam may have saved.
-
-    torch's `load_state_dict` puts the saved groups in the place of the optimizer's own. Those of torch's AdamW lack
-    the `bias_correction` that Transformer Engine's FusedAdam reads, and hold their step as a float, which its kernel
-    refuses. In the other direction torch's AdamW completes its groups itself (`Adam.__setstate__`).
-    """
-    for group in optimizer.param_groups:
-        for name, value in optimizer.defaults.items():
-            group.setdefault(name, value)
-        if "step" in group:
-            group["step"] = int(group["step"])
-
-
-def unshare_adam_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its own Adam `step` after a load.
-
-    megatron-core 0.16.1 (distrib_optimizer.py:821) and 0.19.2 (:1027) store ONE tensor as the step of all parameters;
-    torch's AdamW then advances it once per parameter, and bias correction is silently wrong from the first resumed
-    step on (docs/upstream_adam_step.md).
-    """
-    for state in optimizer.state.values():
-        if "step" in state:
-            state["step"] = state["step"].clone()
-
-
-def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
-    """What a group has from the configuration, which a load would replace by what the checkpoint was trained with."""
-    return {name: group[name] for name in ("betas", "eps") if name in group}
-
-
-def _check_tensor_size(folder: Path, saved_as: str, metadata: dict[str, Any], topology: Topology) -> None:
-    saved = metadata.get("layout", {}).get("tensor_parallel_size")
-    if saved_as == "dp_reshardable" and saved != topology.tensor_parallel_size:
-        raise InputError(
-            f"{folder} was saved with checkpoint.optimizer_format dp_reshardable at "
-            f"parallel.tensor_model_parallel_size {saved}, this run has {topology.tensor_parallel_size}: go on with "
-            f"{saved}, and to change it save once with checkpoint.optimizer_format fully_reshardable"
-        )
+def _contradictory(folder: Path, metadata: dict[str, Any], fault: str) -> InputError:
+    """The refusal of a checkpoint whose master weights are not its weights."""
+    cause = (
+        ""
+        if "gradient_buckets" in metadata
+        else ", as in checkpoints written before several padded gradient buckets were saved right (docs/checkpoints.md)"
+    )
+    return InputError(
+        f"{folder} contradicts itself ({fault}){cause}: its moments are lost, its weights are not; start another "
+        f"observe.run_dir with checkpoint.init_from {folder} and checkpoint.init_optimizer false"
+    )
 
 
 def _beside_weights(vocab: Vocabulary, config_yaml: str) -> Any:

@@ -80,6 +80,16 @@ def open_checkpoint(folder: str | Path, topology: Topology) -> OpenedCheckpoint:
     return OpenedCheckpoint(model=model.eval(), **vars(described))
 
 
+def precision_of_run(run_dir: str | Path) -> str | None:
+    """What the newest checkpoint of a run folder was trained in; None where it has none.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    folder = latest_checkpoint(Path(run_dir) / "checkpoints")
+    return None if folder is None else _read_config(folder / "config.yaml").get("runtime", {}).get("precision")
+
+
 def find_checkpoint(folder: str | Path) -> Path:
     """The step folder that `folder` is, or the newest one below it.
 

@@ -35,11 +35,15 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ext.checkpoint.attempt import WEIGHTS
+from megatron_ext.checkpoint.consistency import unlike
 from megatron_ext.checkpoint.lazy import LazyTensor
 from megatron_ext.checkpoint.store import CheckpointStore, check_contents
+from megatron_ext.config.errors import InputError
 from megatron_ext.vocab import Vocabulary
 
 PREFIX = "model."
+MASTERS = "optimizer.state.param." + PREFIX
+"""Where a fully reshardable optimizer has its master weights; dp_reshardable buckets have no names of parameters."""
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 
@@ -64,10 +68,14 @@ def write_weights(
     return CheckpointStore(folder, keep=1).write(0, write, dict(metadata))
 
 
-def read_weights(folder: Path) -> dict[str, LazyTensor]:
+def read_weights(folder: Path, *, exact: bool = False) -> dict[str, LazyTensor]:
     """Every parameter of a checkpoint's decoder by its name, in the order of the layers.
 
     Reading needs memory for twice the largest shard that a rank has saved of one tensor.
+
+    Args:
+        exact: take the fp32 master weights where the checkpoint has them and the weights are rounded. Reading raises
+            InputError where they do not round to the weights.
 
     Raises:
         InputError: not a complete checkpoint, or a damaged one.
@@ -76,10 +84,22 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
     reader = dcp.FileSystemReader(folder / WEIGHTS)
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, is_coordinator=True)
+    weights = _read(reader, metadata, PREFIX)
+    if not exact:
+        return weights
+    masters = _read(reader, metadata, MASTERS)
+    return {
+        name: _rounding_to(weight, masters[name], name, folder) if _is_rounded(weight, masters.get(name)) else weight
+        for name, weight in weights.items()
+    }
+
+
+def _read(reader: dcp.FileSystemReader, metadata: Metadata, prefix: str) -> dict[str, LazyTensor]:
+    """Every tensor below `prefix` by its parameter's name, in the order of the layers."""
     entries = {
-        key.removeprefix(PREFIX): entry
+        key.removeprefix(prefix): entry
         for key, entry in metadata.state_dict_metadata.items()
-        if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata)
+        if key.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
     layered = {key: entry for key, entry in entries.items() if key.startswith("decoder.layers.")}
     layers = max((entry.size[0] for entry in layered.values()), default=0)
@@ -88,7 +108,26 @@ def read_weights(folder: Path) -> dict[str, LazyTensor]:
         *((key.replace(".layers.", f".layers.{layer}."), key, layer) for layer in range(layers) for key in layered),
     ]
     bands = _Bands(reader)
-    return {name: bands.lazy(PREFIX + key, entries[key], layer) for name, key, layer in names}
+    return {name: bands.lazy(prefix + key, entries[key], layer) for name, key, layer in names}
+
+
+def _is_rounded(weight: LazyTensor, master: LazyTensor | None) -> bool:
+    return master is not None and weight.dtype.itemsize < master.dtype.itemsize
+
+
+def _rounding_to(weight: LazyTensor, master: LazyTensor, name: str, folder: Path) -> LazyTensor:
+    """The master weights, compared with the weights as they are read."""
+
+    def read(start: int, stop: int) -> Tensor:
+        exact = master.read(start, stop)
+        if differing := unlike(exact, weight.read(start, stop)):
+            raise InputError(
+                f"{folder} contradicts itself (master weights do not round to the weights: {differing:,} elements of "
+                f"{name}): its weights are right, take them with dtype bfloat16"
+            )
+        return exact
+
+    return LazyTensor(shape=master.shape, dtype=master.dtype, read=read)
 
 
 def _place(name: str) -> tuple[str, int | None]:

@@ -31,6 +31,10 @@ class ParallelConfig(Section, section="parallel"):
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass already runs; needs overlap_grad_reduce."""
 
+    bucket_size: Count | None = None
+    """Parameters of a tensor rank that are reduced together, at least, with overlap_grad_reduce; null: megatron-core's
+    own, the larger of 40 million and a million per data rank."""
+
     recompute_granularity: Literal["selective", "full"] | None = None
     """What the backward pass computes again instead of keeping: core attention, whole layers, or (empty) nothing."""
 
@@ -59,4 +63,9 @@ class ParallelConfig(Section, section="parallel"):
                 f"parallel.recompute_granularity {self.recompute_granularity} with parallel.recompute_method "
                 f"{self.recompute_method} and parallel.recompute_num_layers {self.recompute_num_layers}: "
                 "full needs both (uniform or block, and at least 1), anything else neither"
+            )
+        if self.bucket_size is not None and not self.overlap_grad_reduce:
+            raise InputError(
+                f"parallel.bucket_size {self.bucket_size} with parallel.overlap_grad_reduce false, which reduces all "
+                "gradients at once: set parallel.overlap_grad_reduce to true, or leave the size out"
             )

@@ -1,6 +1,8 @@
 """The whole configuration of `pretrain_emu3.py`, one section per room."""
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Self
 
 from megatron_ext.config.checkpoint import CheckpointConfig
 from megatron_ext.config.data import DataConfig
@@ -56,3 +58,7 @@ class RunConfig(Section):
 
     observe: ObserveConfig
     """The run folder and what is written there."""
+
+    def computing_in(self, precision: str) -> Self:
+        """This configuration with runtime.precision settled."""
+        return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, precision=precision))

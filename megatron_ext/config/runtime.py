@@ -13,7 +13,9 @@ FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """FP8 recipe -> what both sides of a matrix product must be multiples of (Transformer Engine, pytorch/utils.py
 assert_dim_for_fp8_exec and the quantizers' is_quantizable)."""
 
-FP8_NEEDS_A_GPU = "runtime.precision is fp8, which needs a GPU with Transformer Engine: set it to bf16 or fp32 on a CPU"
+FP8_NEEDS_A_GPU = (
+    "runtime.precision is fp8, which needs a GPU with Transformer Engine: on a CPU set it to auto, bf16 or fp32"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,10 @@ class RuntimeConfig(Section, section="runtime"):
     device: DeviceName = "auto"
     """Where to compute; auto takes CUDA when a GPU is visible (NCCL), else the CPU (gloo)."""
 
-    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "fp32"
     """Type of weights and activations; bf16 keeps fp32 master weights in the optimizer, fp8 is bf16 with the layers'
-    matrix products in 8 bits (GPU with Transformer Engine)."""
+    matrix products in 8 bits (GPU with Transformer Engine); auto is what the run began with, for a new run bf16 on a
+    GPU and on a CPU that multiplies it, else fp32."""
 
     fp8_recipe: Literal["tensorwise", "blockwise", "mxfp8"] = "tensorwise"
     """How precision fp8 scales: one current scale per tensor (Hopper and later), one per block of 128 x 128 (Hopper),

@@ -143,6 +143,13 @@ def ramp_fault(config: RunConfig, world_size: int) -> str | None:
     )
 
 
+def possible_precisions(precision: str, *, on_gpu: bool) -> tuple[str, ...]:
+    """What a new run can compute in: auto is bf16 on a GPU, and on a CPU depends on which one that is."""
+    if precision != "auto":
+        return (precision,)
+    return ("bf16",) if on_gpu else ("fp32", "bf16")
+
+
 def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
     """Why no decoder can be trained in this precision on this device, and the fix; None if one can."""
     if precision == "fp8" and not on_gpu:
@@ -150,7 +157,7 @@ def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
     if precision == "fp32" and on_gpu:
         return (
             "runtime.precision is fp32 on a GPU, where Transformer Engine has no attention over packed documents in "
-            "fp32: set runtime.precision to bf16, or runtime.device to cpu"
+            "fp32: set runtime.precision to auto or bf16, or runtime.device to cpu"
         )
     return None
 

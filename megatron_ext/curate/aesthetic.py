@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, logging
 
 from megatron_ext.config import InputError
+from megatron_ext.files import suffix_of
+from megatron_ext.runtime.arithmetic import full_fp32
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 """CLIP's, of the channels (github.com/openai/CLIP, clip/clip.py, `_transform`)."""
@@ -69,6 +71,7 @@ class AestheticPredictor(nn.Module):
         """`forward` of arrays: [B] float32."""
         return self(torch.from_numpy(squares_BHWC)).cpu().numpy()
 
+    @full_fp32()
     @torch.inference_mode()
     def forward(self, squares_BHWC: Tensor) -> Tensor:
         """[B] scores, about 1 to 10, of uint8 pictures made by `pictures.clip_square`."""
@@ -104,7 +107,7 @@ def _load_clip(folder: Path) -> CLIPVisionModelWithProjection:
 
 def _load_head(path: Path) -> nn.Sequential:
     try:
-        weights = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        weights = load_file(path) if suffix_of(path) == "safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise InputError(f"head {path} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
     names = set(weights) if isinstance(weights, Mapping) else set()

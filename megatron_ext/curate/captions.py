@@ -15,8 +15,9 @@ import cv2
 import numpy as np
 
 from megatron_ext.config.section import Count, Positive, Section, most
-from megatron_ext.curate.video import Video, cut_evenly, evenly_spaced, upright
+from megatron_ext.curate.spans import cut_evenly, evenly_spaced
 from megatron_ext.media import MediaError, Sample, decode_picture
+from megatron_ext.media.video import Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ def pieces_of(sample: Sample, shown: ShownConfig) -> list[Piece]:
     """
     if sample.kind == "image":
         return [Piece(number=0)]
-    with Video(sample.media) as video:
+    with Video(sample.media.open()) as video:
         timeline = video.timeline
     spans = cut_evenly(timeline.duration_s, shown.whole_under_s)
     return [
@@ -94,8 +95,8 @@ def question(sample: Sample, piece: Piece, shown: ShownConfig) -> list[dict[str,
         pictures = [_reduced(decode_picture(sample.media.read()), shown.picture_edge)]
         prompt = shown.picture_prompt
     else:
-        with Video(sample.media) as video:
-            pictures = [_reduced(upright(frame), shown.frame_edge) for frame in video.frames_at(piece.stamps)]
+        with Video(sample.media.open()) as video:
+            pictures = [_reduced(frame.pixels(), shown.frame_edge) for frame in video.frames_at(piece.stamps)]
         if not pictures:
             raise MediaError(f"no frame from {piece.start_s:g} s on can be decoded")
         prompt = shown.clip_prompt

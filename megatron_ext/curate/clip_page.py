@@ -15,10 +15,10 @@ from megatron_ext.curate.clip_parts import MEASURED
 from megatron_ext.curate.report import CurationPage, Score, choose_examples, write_page
 from megatron_ext.curate.table import Row
 from megatron_ext.curate.verdict import KEPT, UNREADABLE
-from megatron_ext.curate.video import Video, upright
 from megatron_ext.curate.video_filters import FILTERS, VideoFiltersConfig
 from megatron_ext.media import MediaError
 from megatron_ext.media.samples import Extent
+from megatron_ext.media.video import Video
 
 EXAMPLES = 6
 """Clips shown of each kind."""
@@ -61,9 +61,9 @@ def middle_frame(folder: Path, row: Row) -> Image.Image | None:
     path = folder / row["path"] if is_kept else Path(row["path"])
     extent = Extent(path=path, offset=row["offset"], size=row["size"], stamp=0)
     try:
-        with Video(extent) as video:
+        with Video(extent.open()) as video:
             frame = next(video.frames_at(video.timeline.shown_at([sum(span) / 2])), None)
-            return None if frame is None else Image.fromarray(upright(frame, 160))
+            return None if frame is None else Image.fromarray(frame.pixels(160))
     except MediaError:
         return None
 

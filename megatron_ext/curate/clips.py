@@ -12,13 +12,16 @@ from typing import Annotated
 
 import av
 import numpy as np
+from av.video.reformatter import Colorspace
 
 from megatron_ext.config import InputError
 from megatron_ext.config.section import Number, Section, most
 from megatron_ext.curate.scenes import Span
-from megatron_ext.curate.video import Video, evenly_spaced, upright
+from megatron_ext.curate.spans import evenly_spaced
 from megatron_ext.media import MediaError
+from megatron_ext.media.frame import Frame, Orientation, faults
 from megatron_ext.media.samples import Extent
+from megatron_ext.media.video import Video
 
 LOOKED_AT_EDGE = 256
 """Pixels of the shorter edge of the frames that are looked at (Emu3 paper, section 2.1)."""
@@ -46,6 +49,9 @@ class EncodingConfig(Section, section="encoding"):
             raise InputError(f"encoding.preset {self.preset!r}: give one of {', '.join(PRESETS)}")
 
 
+COLOURS = ("color_range", "colorspace", "color_primaries", "color_trc")
+"""What a frame says of its colours."""
+
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 
 
@@ -54,9 +60,9 @@ REPRODUCIBLE = {"x264-params": "mbtree=0"}
 8 encodings of one clip gave 3 different files, without the tree one."""
 
 
-def frames_of(video: Video, span: Span) -> Iterator[av.VideoFrame]:
+def frames_of(video: Video, span: Span) -> Iterator[Frame]:
     """The frames of a span."""
-    return itertools.takewhile(lambda frame: frame.pts < span.end_stamp, video.frames(span.first_stamp))
+    return itertools.takewhile(lambda frame: frame.stamp < span.end_stamp, video.frames(span.first_stamp))
 
 
 def looked_at(video: Video, span: Span) -> np.ndarray:
@@ -65,20 +71,20 @@ def looked_at(video: Video, span: Span) -> np.ndarray:
     Raises:
         MediaError: they cannot be decoded.
     """
-    step = Fraction(1 / LOOKED_AT_RATE) / video.unit
+    step = Fraction(1 / LOOKED_AT_RATE) / video.timeline.unit
     found: list[np.ndarray] = []
     wanted = Fraction(span.first_stamp)
-    current: av.VideoFrame | None = None
+    current: Frame | None = None
 
     def look(until: int) -> None:
         """The frame on show at each time is the last one that is not later."""
         nonlocal wanted
         while current is not None and wanted < until:
-            found.append(upright(current, LOOKED_AT_EDGE))
+            found.append(current.pixels(LOOKED_AT_EDGE))
             wanted += step
 
     for frame in frames_of(video, span):
-        look(frame.pts)
+        look(frame.stamp)
         current = frame
     look(span.end_stamp)
     if not found:
@@ -106,7 +112,7 @@ def clip_file(extent: Extent, span: Span, suffix: str, encoding: EncodingConfig)
     """
     if span.is_whole:
         return extent.read(), suffix
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         return _encoded(video, span, encoding), "mp4"
 
 
@@ -117,16 +123,18 @@ def _encoded(video: Video, span: Span, encoding: EncodingConfig) -> bytes:
         for frame in frames_of(video, span):
             picture = _encodable(frame)
             if stream is None:
-                stream = container.add_stream("libx264", rate=video.frame_rate)
+                stream = container.add_stream("libx264", rate=video.timeline.frame_rate)
                 stream.codec_context.thread_count = 1  # more of them change the bytes
-                stream.codec_context.time_base = video.unit
+                stream.codec_context.time_base = video.timeline.unit
                 stream.options = {"crf": str(encoding.crf), "preset": encoding.preset, **REPRODUCIBLE}
                 stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
-                for name in ("color_range", "colorspace", "color_primaries", "color_trc"):
-                    setattr(stream.codec_context, name, getattr(frame, name))
+                aspect = frame.pixel_aspect
+                stream.codec_context.sample_aspect_ratio = 1 / aspect if frame.orientation.is_transposed else aspect
+                for name in COLOURS:
+                    setattr(stream.codec_context, name, getattr(picture, name))
             if (picture.width, picture.height) != (stream.width, stream.height):
                 raise MediaError("the picture size changes within a scene")
-            picture.pts, picture.time_base = frame.pts - span.first_stamp, video.unit
+            picture.pts, picture.time_base = frame.stamp - span.first_stamp, video.timeline.unit
             picture.pict_type = av.video.frame.PictureType.NONE  # the source's kind of frame would be forced on it
             container.mux(stream.encode(picture))
         if stream is None:
@@ -135,11 +143,31 @@ def _encoded(video: Video, span: Span, encoding: EncodingConfig) -> bytes:
     return buffer.getvalue()
 
 
-def _encodable(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame as YUV 4:2:0, upright, its sides cut to even numbers."""
-    height, width = frame.height - frame.height % 2, frame.width - frame.width % 2
-    turns = round(frame.rotation / 90) % 4
-    if not turns and (height, width) == (frame.height, frame.width):
-        return frame.reformat(format="yuv420p")
-    pixels = np.rot90(frame.to_ndarray(format="rgb24")[:height, :width], k=turns)
-    return av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24").reformat(format="yuv420p")
+def _encodable(frame: Frame) -> av.VideoFrame:
+    """The frame as YUV 4:2:0, upright, its sides cut to even numbers, in the colours that it names.
+
+    Planes are turned, not pixels: they keep the source's matrix and range.
+    """
+    decoded = frame.decoded
+    # RGB has no matrix, and gets the one that players take for what they know nothing of.
+    matrix = Colorspace.ITU709 if decoded.format.is_rgb else None
+    with faults():
+        source = decoded.reformat(format="yuv420p", dst_colorspace=matrix)
+        height, width = source.height - source.height % 2, source.width - source.width % 2
+        if frame.orientation == Orientation() and (height, width) == (source.height, source.width):
+            return source
+        planes = [
+            frame.orientation.apply(_plane(plane)[: height // scale, : width // scale])
+            for plane, scale in zip(source.planes, (1, 2, 2), strict=True)
+        ]
+        picture = av.VideoFrame(planes[0].shape[1], planes[0].shape[0], "yuv420p")
+        for plane, pixels_HW in zip(picture.planes, planes, strict=True):
+            _plane(plane)[:] = pixels_HW
+    for name in COLOURS:
+        setattr(picture, name, getattr(source, name))
+    return picture
+
+
+def _plane(plane: av.video.plane.VideoPlane) -> np.ndarray:
+    """The bytes [H, W] of a plane, whose rows may be padded."""
+    return np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]

@@ -4,27 +4,23 @@ The rule does not depend on the order of the pictures: they are ranked, the best
 equals or nearly equals a better one that is kept. So of every two that are kept, none is near the other, and each that
 is dropped is near one that is kept.
 
-All pairs of hashes within a distance are found without comparing all pairs, as by Manku, Jain and Das Sarma
-("Detecting Near-Duplicates for Web Crawling", WWW 2007, section 3): the 64 bits are cut into B blocks; two hashes that
-differ in D bits agree in at least B - D blocks, so they stand together when sorted by some choice of B - D blocks.
-One choice after the other is sorted, and only hashes that agree in it are compared.
+All pairs of hashes within a distance are found without comparing all pairs (media/hash_blocks.py).
 
 Shapes: N pictures, U distinct hashes, P pairs.
 """
 
-import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-HASH_BITS = 64
+from megatron_ext.media.hash_blocks import Speed, block_masks
+
 MAX_DISTANCE = 8
 """Beyond it, hashes of different pictures come as near (measured: 20 bits on 32 photographs, and chance decides among
 millions), and the sorts become many."""
 
-_COMPARED_PER_SECOND, _SORTED_PER_SECOND = 1e8, 1e7  # measured on one core, to weigh the two costs of a choice
+_SPEED = Speed(compared=1e8, sorted=1e7)  # of numpy, measured on one core
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,7 @@ def pairs_within(hashes_U: np.ndarray, max_distance: int) -> tuple[np.ndarray, n
     `max_distance` bits, each pair once, in order."""
     count = len(hashes_U)
     low_P, high_P, distance_P = (np.empty(0, dtype) for dtype in (np.int64, np.int64, np.uint8))
-    for mask in _masks(max_distance, count):
+    for mask in map(np.uint64, block_masks(max_distance, count, _SPEED)):
         order_U = np.argsort(hashes_U & mask, kind="stable")
         for first_P, second_P in _standing_together(hashes_U[order_U] & mask):
             one_P, other_P = order_U[first_P], order_U[second_P]
@@ -137,21 +133,6 @@ def _first_equal(values_N: np.ndarray) -> np.ndarray:
     """[N] for each value the place of the first that equals it."""
     _, first_U, which_N = np.unique(values_N, return_index=True, return_inverse=True)
     return first_U[which_N]
-
-
-def _masks(max_distance: int, count: int) -> Iterator[np.uint64]:
-    """The choices of blocks, as bits to be compared: the number of blocks that costs least for `count` hashes."""
-
-    def cost(blocks: int) -> float:
-        choices = math.comb(blocks, max_distance)
-        equal_bits = HASH_BITS * (blocks - max_distance) // blocks
-        return choices * (count / _SORTED_PER_SECOND + count**2 / 2**equal_bits / 2 / _COMPARED_PER_SECOND)
-
-    blocks = min(range(max_distance + 1, max_distance + 9), key=cost)
-    edges = [HASH_BITS * place // blocks for place in range(blocks + 1)]
-    for left_out in itertools.combinations(range(blocks), max_distance):
-        bits = sum((1 << edges[place + 1]) - (1 << edges[place]) for place in range(blocks) if place not in left_out)
-        yield np.uint64(bits)
 
 
 def _standing_together(keys_U: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

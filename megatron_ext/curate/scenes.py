@@ -13,8 +13,9 @@ import numpy as np
 import scenedetect
 
 from megatron_ext.config.section import Count, NonNegative, Positive, Section
-from megatron_ext.curate.video import Video, cut_evenly
+from megatron_ext.curate.spans import cut_evenly
 from megatron_ext.media import MediaError
+from megatron_ext.media.video import CLOCK_SLACK, Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +98,19 @@ def split(video: Video, scenes: ScenesConfig) -> list[Span]:
     def small_frames() -> Iterable[np.ndarray]:
         for frame in video.frames():
             if not sizes:
-                scale = min(1.0, scenes.shorter_edge / min(frame.height, frame.width))
-                sizes.append((round(frame.height * scale), round(frame.width * scale)))
+                stored = frame.decoded.height, frame.decoded.width  # nothing here depends on how it is turned
+                scale = min(1.0, scenes.shorter_edge / min(stored))
+                sizes.append((round(stored[0] * scale), round(stored[1] * scale)))
             height, width = sizes[0]  # of all frames, should the size change within the video
-            stamps.append(frame.pts)
-            yield frame.to_ndarray(format="bgr24", width=width, height=height, interpolation="AREA")
+            stamps.append(frame.stamp)
+            yield frame.decoded.to_ndarray(format="bgr24", width=width, height=height, interpolation="AREA")
 
-    cuts = find_cuts(small_frames(), video.frame_rate, scenes)
+    timeline = video.timeline
+    cuts = find_cuts(small_frames(), timeline.frame_rate, scenes)
     if not stamps:
         raise MediaError("no frame")
-    stamps.append(stamps[-1] + max(1, round(1 / (video.frame_rate * video.unit))))
-    seconds = [float((stamp - stamps[0]) * video.unit) for stamp in stamps]
+    stamps.append(stamps[-1] + max(1, round(1 / (timeline.frame_rate * timeline.unit))))
+    seconds = [float((stamp - stamps[0]) * timeline.unit) for stamp in stamps]
     edges = [0, *cuts, len(stamps) - 1]
     parts = [part for first, end in itertools.pairwise(edges) for part in _parts(seconds, first, end, scenes)]
     return [
@@ -127,7 +130,7 @@ def split(video: Video, scenes: ScenesConfig) -> list[Span]:
 def _parts(seconds: Sequence[float], first: int, end: int, scenes: ScenesConfig) -> Iterator[tuple[int, int]]:
     """The scene of frames `first` to before `end`, whole or cut evenly between frames."""
     pieces = cut_evenly(seconds[end] - seconds[first], scenes.max_clip_s)
-    edges = [bisect.bisect_left(seconds, seconds[first] + start - 5e-4, first, end) for start, _ in pieces]
+    edges = [bisect.bisect_left(seconds, seconds[first] + start - CLOCK_SLACK, first, end) for start, _ in pieces]
     for begin, over in itertools.pairwise([*edges, end]):
         if begin < over:
             yield begin, over

@@ -17,8 +17,8 @@ from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.scenes import ScenesConfig, Span, split
 from megatron_ext.curate.text import text_share
 from megatron_ext.curate.verdict import Judgement, at_least, at_most, within
-from megatron_ext.curate.video import Video
 from megatron_ext.media import MediaError, Sample, readable_name
+from megatron_ext.media.video import Video
 
 FILTERS = ("resolution", "duration", "motion", "text", "aesthetic")
 """In the order in which they are asked: the cheapest first."""
@@ -100,8 +100,8 @@ def look_through(sample: Sample, scenes: ScenesConfig, filters: VideoFiltersConf
     """
     if readable_name(sample.source) != sample.source:
         raise MediaError("its name is not UTF-8, which shards and datasets hold keys in: rename it")
-    with Video(sample.media) as video:
-        height, width = video.upright_size
+    with Video(sample.media.open()) as video:
+        height, width = video.first_frame.size
         spans = split(video, scenes)
         candidates = []
         for span in spans:
@@ -119,7 +119,7 @@ def look_through(sample: Sample, scenes: ScenesConfig, filters: VideoFiltersConf
         return Looked(
             height=height,
             width=width,
-            frame_rate=float(video.frame_rate),
+            frame_rate=float(video.timeline.frame_rate),
             captions=sample.captions(),
             candidates=tuple(candidates),
         )

@@ -57,6 +57,17 @@ def row_draft(key: str, row: Mapping[str, Any], lookup: Lookup, config: Preproce
     return Draft(key, parts)
 
 
+def media_keys(row: Mapping[str, Any]) -> list[str]:
+    """The keys of the media that a row names, in its order, whatever else may be wrong with it."""
+    if content := row.get("content"):
+        items = [item for item in content if isinstance(item, dict)] if isinstance(content, list) else []
+        named = [item.get(name) for item in items for name in ("image", "video")]
+    else:
+        media = row.get("media")
+        named = media if isinstance(media, list) else [media]
+    return [key for key in named if isinstance(key, str)]
+
+
 def _interleaved(content: object, lookup: Lookup) -> tuple[Part, ...]:
     if not isinstance(content, list):
         raise InputError("content is no list")

@@ -23,3 +23,8 @@ def key_hashes(keys: Sequence[str]) -> np.ndarray:
     """uint64 [N]: 64 bits of each key, to find it by."""
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
+
+
+def content_hash(content: bytes) -> int:
+    """64 bits of a content, to find equal ones by."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -1,26 +1,19 @@
-"""From what was read to encoded documents of each split; in this process or in workers."""
+"""From what was read to encoded documents of each split."""
 
-import contextlib
-import multiprocessing
-import os
-import signal
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 
 from megatron_ext.config import InputError
 from megatron_ext.data.drafts import Lookup, caption_drafts, row_draft
 from megatron_ext.data.draws import draw
 from megatron_ext.data.encoded import Draft, EncodedDocuments, encode_drafts
+from megatron_ext.data.held_out import HeldOut
 from megatron_ext.data.inputs import Batch, row_place
-from megatron_ext.data.near_duplicates import PictureClusters
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.shingles import text_signatures
 from megatron_ext.data.sources import MediaSample, parse_sample
 from megatron_ext.media.texts import NOT_UNICODE, BadText, is_unicode
-from megatron_ext.processes import end_with_parent
 from megatron_ext.vocab import Vocabulary
 
 TRAIN, VALID = "train", "valid"
@@ -38,6 +31,8 @@ class Result:
     """(source, reason)."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Captions and texts without a character: passed over."""
+    divided: list[tuple[str, str]] = field(default_factory=list)
+    """(source, reason) of rows that stand on neither side of the split: dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,27 +42,27 @@ class Encoder:
     config: PreprocessConfig
     vocabulary: Vocabulary
     lookup: Lookup
-    clusters: PictureClusters
+    held_out: HeldOut
 
     def encode(self, batch: Batch) -> Result:
         """Raises InputError: a damaged tokenized sample."""
         result = Result(samples=len(batch.items))
         drafts = {"media": self._of_media, "rows": self._of_rows, "text": self._of_texts}[batch.kind](batch, result)
         by_split: dict[str, list[Draft]] = {}
-        for group, draft in drafts:
-            by_split.setdefault(self._split(group), []).append(draft)
+        for split, draft in drafts:
+            by_split.setdefault(split, []).append(draft)
         result.documents = {split: encode_drafts(each, self.vocabulary) for split, each in by_split.items()}
         return result
 
-    def _split(self, group: str) -> str:
-        held_out = self.config.valid_fraction and draw("valid", group) < self.config.valid_fraction
-        return VALID if held_out else TRAIN
+    def _split(self, key: str) -> str:
+        """Of a picture or clip."""
+        return VALID if key in self.held_out else TRAIN
 
     def _of_media(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
         for raw in _without_bad(batch.items, result):
             sample = parse_sample(raw, self.vocabulary.layout.codebook_size)
             for document in self._of_sample(sample, raw.place, result):
-                yield self.clusters.group(sample.key), document
+                yield self._split(sample.key), document
 
     def _of_sample(self, sample: MediaSample, place: str, result: Result) -> Iterator[Draft]:
         captions = [caption.strip() for caption in sample.captions]
@@ -83,7 +78,7 @@ class Encoder:
             result.bad.append((place, "it has no caption"))
 
     def _of_rows(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
-        """The first picture of a row decides its side; where it has none, its text."""
+        """A row stands where all its pictures do; one without, where its text does."""
         for key, row in _without_bad(batch.items, result):
             seen: list[str] = []
 
@@ -96,20 +91,28 @@ class Encoder:
             except InputError as error:
                 result.bad.append((row_place(batch.path, key), str(error)))
                 continue
-            yield self.clusters.group(seen[0]) if seen else self._text_groups(["".join(document.parts)])[0], document
+            held_out = [each for each in seen if each in self.held_out]
+            if held_out and len(held_out) < len(seen):
+                trained = next(each for each in seen if each not in self.held_out)
+                reason = f"it shows {held_out[0]!r}, which is held out, and {trained!r}, which is in training"
+                result.divided.append((row_place(batch.path, key), reason))
+                continue
+            yield self._split(seen[0]) if seen else self._text_splits(["".join(document.parts)])[0], document
 
     def _of_texts(self, batch: Batch, result: Result) -> Iterator[tuple[str, Draft]]:
         texts = list(_without_bad(batch.items, result))
         filled = [(key, text) for key, text in texts if text.strip()]
         result.left_out["empty texts"] += len(texts) - len(filled)
-        groups = self._text_groups([text for _, text in filled])
-        for (key, text), group in zip(filled, groups, strict=True):
-            yield group, Draft(key, (text,))
+        splits = self._text_splits([text for _, text in filled])
+        for (key, text), split in zip(filled, splits, strict=True):
+            yield split, Draft(key, (text,))
 
-    def _text_groups(self, texts: list[str]) -> list[str]:
-        if not self.config.valid_fraction:  # nobody asks for the side
-            return [""] * len(texts)
-        return [f"text:{signature:016x}" for signature in text_signatures(texts).tolist()]
+    def _text_splits(self, texts: list[str]) -> list[str]:
+        fraction = self.config.valid_fraction
+        if not fraction:  # nobody asks for the side
+            return [TRAIN] * len(texts)
+        groups = [f"text:{signature:016x}" for signature in text_signatures(texts).tolist()]
+        return [VALID if draw("valid", group) < fraction else TRAIN for group in groups]
 
 
 def _without_bad(items: Iterable, result: Result) -> Iterator:
@@ -119,44 +122,3 @@ def _without_bad(items: Iterable, result: Result) -> Iterator:
             result.bad.append((item.place, item.reason))
         else:
             yield item
-
-
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _begin(encoder: Encoder, parent: int) -> None:
-    global _encoder
-    _encoder = encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    end_with_parent(parent)
-
-
-def _encode(batch: Batch) -> Result:
-    return _encoder.encode(batch)
-
-
-def encode_all(batches: Iterable[Batch], encoder: Encoder, workers: int) -> Iterator[Result]:
-    """The result of each batch, in their order.
-
-    Raises:
-        InputError: as `Encoder.encode`; a worker process was killed.
-    """
-    if workers == 1:
-        yield from map(encoder.encode, batches)
-        return
-    # Forked, so that the index of media and the clusters are shared, not copied.
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin, (encoder, os.getpid()))
-    with contextlib.ExitStack() as stack:
-        stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-        pending: deque = deque()
-        try:
-            for batch in batches:
-                pending.append(pool.submit(_encode, batch))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        except BrokenProcessPool:
-            raise InputError(
-                f"workers = {workers}: a worker process was killed; if memory ran out, give fewer workers; start again"
-            ) from None

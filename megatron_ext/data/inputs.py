@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_ext.config import InputError, as_dict
+from megatron_ext.data.array_cache import stamp
 from megatron_ext.data.drafts import ROW_FIELDS
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.sources import RawSample, TokenizedFolder, TokenizedShard
@@ -21,7 +22,7 @@ from megatron_ext.vocab import Vocabulary
 
 Kind = Literal["media", "rows", "text"]
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Rises when the same inputs and options give other documents."""
 
 _BATCH_ITEMS, _BATCH_CHARACTERS = 1024, 4 << 20
@@ -91,6 +92,16 @@ class Inputs:
             units=(*media, *rows, *texts),
         )
 
+    @property
+    def tars(self) -> tuple[tuple[TokenizedFolder, TokenizedShard], ...]:
+        """All tokenized media, each tar once, also where rows refer to what is captioned."""
+        tars = ((folder, shard) for folder in (*self.folders, *self.row_folders) for shard in folder.shards)
+        return tuple({(folder.path / shard.name).resolve(): (folder, shard) for folder, shard in tars}.values())
+
+    @property
+    def row_files(self) -> tuple[Path, ...]:
+        return tuple(unit.path for unit in self.units if unit.kind == "rows")
+
     def vision_tokenizer(self, vocabulary: Vocabulary) -> str | None:
         """That of all folders; refuses two, and one whose codebook is not the vocabulary's."""
         layout = vocabulary.layout
@@ -129,9 +140,8 @@ class Inputs:
 
 
 def _stamp(path: Path, tar: tuple[TokenizedFolder, TokenizedShard] | None) -> tuple[str, int | str, int]:
-    """Tells a file's content from another without reading it: a tar's is in its folder's manifest."""
-    facts = path.stat()
-    return (tar[1].name, tar[1].sha256, facts.st_size) if tar else (path.as_posix(), facts.st_mtime_ns, facts.st_size)
+    """As `stamp`, but a tar's hash is in its folder's manifest."""
+    return (tar[1].name, tar[1].sha256, path.stat().st_size) if tar else stamp(path)
 
 
 def deal(units: Sequence[Unit], shard: int, num_shards: int) -> list[Unit]:

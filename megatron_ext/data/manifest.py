@@ -17,6 +17,8 @@ FILES = (".bin", ".idx", ".spans.npz")
 
 _PARTIAL = ".partial"
 _ALL = (".vocabulary", ".bin", ".spans.npz", ".manifest.json", ".idx")  # in the order they appear
+BESIDE_IDS = (".vocabulary", ".spans.npz", ".manifest.json")
+"""What a dataset has beside the ids, in the order it appears."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,22 +91,23 @@ def discard(prefix: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def publish(prefixes: Sequence[Path]) -> None:
+def publish(prefixes: Sequence[Path], suffixes: Sequence[str] = _ALL) -> None:
     """Give the complete files of these datasets their names; older ones of these names are replaced.
 
-    Without its .idx an older dataset is none: at no moment, killed or not, a mixture of old and new passes as whole.
+    Without the last of `suffixes` an older dataset is none: at no moment, killed or not, a mixture of old and new
+    passes as whole.
 
     Raises:
         OSError: a file cannot be written or renamed.
     """
     for prefix in prefixes:
-        for path in (partial_path(prefix, suffix) for suffix in _ALL):
+        for path in (partial_path(prefix, suffix) for suffix in suffixes):
             flush(path)
     for prefix in prefixes:
-        dataset_path(prefix, ".idx").unlink(missing_ok=True)
+        dataset_path(prefix, suffixes[-1]).unlink(missing_ok=True)
     for prefix in prefixes:
         shutil.rmtree(dataset_path(prefix, ".vocabulary"), ignore_errors=True)
-        for suffix in _ALL:
+        for suffix in suffixes:
             os.replace(partial_path(prefix, suffix), dataset_path(prefix, suffix))
         flush(prefix.parent)
 

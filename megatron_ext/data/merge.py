@@ -40,7 +40,7 @@ from megatron_ext.files import writing
 _BLOCK = 8 << 20  # bytes
 
 
-class _Each(Sequence):
+class Each(Sequence):
     """What `read` gives for each prefix, read anew whenever it is asked: ten thousand shards are not open at once."""
 
     def __init__(self, prefixes: Sequence[Path], read: Callable[[Path], object]) -> None:
@@ -99,6 +99,7 @@ def merged_report(reports: Sequence[Report]) -> Report:
         samples=sum(report.samples for report in reports),
         left_out=dict(sorted(left_out.items())),
         skipped=tuple(itertools.chain.from_iterable(report.skipped for report in reports)),
+        divided=tuple(itertools.chain.from_iterable(report.divided for report in reports)),
     )
 
 
@@ -173,9 +174,9 @@ def join(prefixes: Sequence[Path], target: Path, on_copied: Callable[[int], None
                     on_copied(len(block))
             ids = {"bytes": file.tell(), "sha256": digest.hexdigest()}
         write_index(
-            partial_path(target, ".idx"), _Each(prefixes, lambda prefix: read_lengths(dataset_path(prefix, ".idx")))
+            partial_path(target, ".idx"), Each(prefixes, lambda prefix: read_lengths(dataset_path(prefix, ".idx")))
         )
-        sidecars = _Each(prefixes, lambda prefix: Sidecar.read(dataset_path(prefix, ".spans.npz")))
+        sidecars = Each(prefixes, lambda prefix: Sidecar.read(dataset_path(prefix, ".spans.npz")))
         sidecar = write_sidecar(partial_path(target, ".spans.npz"), sidecars)
         shutil.copytree(
             dataset_path(prefixes[0], ".vocabulary"), partial_path(target, ".vocabulary"), dirs_exist_ok=True

@@ -17,19 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ext.config import BadSamples, InputError
-from megatron_ext.data.encoder import TRAIN, VALID, Encoder, encode_all
+from megatron_ext.data.encoder import TRAIN, VALID, Encoder
+from megatron_ext.data.forked import map_forked
+from megatron_ext.data.held_out import CACHE, find_held_out
 from megatron_ext.data.inputs import Inputs, Unit, deal, read_batches
 from megatron_ext.data.manifest import dataset_path, is_whole, publish
 from megatron_ext.data.media_index import MediaIndex
-from megatron_ext.data.near_duplicates import PictureClusters
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.writer import DocumentWriter
 from megatron_ext.files import replacing, writing
 from megatron_ext.media.array import shard_of_job
 from megatron_ext.vocab import Vocabulary
 
-REPORT_VERSION = 1
+REPORT_VERSION = 2
 _REPORT = ".report.json"
+_DIVIDED = "rows with pictures of both sides of the held-out split (divided in the report names them)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ class Report:
     """Captions and texts that are no fault but empty."""
     skipped: tuple[tuple[str, str], ...]
     """(source, reason) of each sample that cannot be used."""
+    divided: tuple[tuple[str, str], ...]
+    """(source, reason) of each row that shows held-out pictures and others: it is on neither side."""
 
     def save(self, prefix: Path) -> None:
         """Raises InputError: it cannot be written."""
@@ -61,7 +65,8 @@ class Report:
         try:
             content: dict[str, Any] = json.loads(dataset_path(prefix, _REPORT).read_text(encoding="utf-8"))
             shard = content["shard"] and tuple(content["shard"])
-            report = cls(**{**content, "shard": shard, "skipped": tuple(map(tuple, content["skipped"]))})
+            named = {name: tuple(map(tuple, content[name])) for name in ("skipped", "divided")}
+            report = cls(**{**content, "shard": shard, **named})
         except (OSError, ValueError, TypeError, KeyError):
             return None
         return report if report.format_version == REPORT_VERSION else None
@@ -71,7 +76,8 @@ class Report:
         bad = BadSamples(1.0)
         for source, reason in self.skipped:
             bad.add(source, reason)
-        return [f"left out: {count:,} {what}" for what, count in self.left_out.items()] + bad.lines()
+        left_out = self.left_out | ({_DIVIDED: len(self.divided)} if self.divided else {})
+        return [f"left out: {count:,} {what}" for what, count in left_out.items()] + bad.lines()
 
 
 def forget(prefix: Path) -> None:
@@ -175,7 +181,15 @@ class Work:
             config=config,
             vocabulary=self.vocabulary,
             lookup=MediaIndex(self.inputs.row_folders if any(unit.kind == "rows" for unit in self.units) else ()),
-            clusters=PictureClusters(self.inputs.tables if config.valid_fraction else (), config.duplicate_distance),
+            held_out=find_held_out(
+                self.inputs.tars,
+                self.inputs.row_files,
+                self.inputs.tables,
+                fraction=config.valid_fraction,
+                distance=config.duplicate_distance,
+                cache=self.prefix.parent / CACHE,
+                workers=config.workers,
+            ),
         )
         tokenizer = self.inputs.vision_tokenizer(self.vocabulary)
         with ExitStack() as stack:
@@ -196,13 +210,16 @@ class Work:
 
     def _write(self, encoder: Encoder, writers: dict[str, DocumentWriter], on_read: Callable[[int], None]) -> Report:
         bad, samples, left_out = BadSamples(self.config.max_bad_fraction), 0, Counter()
+        divided: list[tuple[str, str]] = []
+        batches = read_batches(self.units, self.config, on_read)
         known = [unit.samples for unit in self.units]
         total = None if None in known else sum(known)
-        for result in encode_all(read_batches(self.units, self.config, on_read), encoder, self.config.workers):
+        for result in map_forked(encoder.encode, batches, self.config.workers):
             for split, documents in result.documents.items():
                 writers[split].add_encoded(documents)
             samples += result.samples
             left_out += result.left_out
+            divided += result.divided
             for source, reason in result.bad:
                 bad.add(source, reason)
             bad.check_early(samples, total)
@@ -214,4 +231,5 @@ class Work:
             samples=samples,
             left_out=dict(sorted(left_out.items())),
             skipped=tuple(bad.samples),
+            divided=tuple(divided),
         )

@@ -5,7 +5,6 @@ integers [H, W] for a picture, [T, H, W] for a clip) and KEY.json (key, kind, ca
 """
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -16,6 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from megatron_ext.config import InputError
+from megatron_ext.files import parse_json
 from megatron_ext.vocab import Image, Video
 
 TOKENS_FORMAT_VERSION = 1
@@ -64,7 +64,7 @@ class TokenizedFolder:
         """Raises InputError: no readable manifest, or a shard is missing."""
         manifest_path = Path(path) / "manifest.json"
         try:
-            manifest = json.loads(manifest_path.read_text())
+            manifest = parse_json(manifest_path.read_bytes())
             version = manifest["format_version"]
             if version != TOKENS_FORMAT_VERSION:
                 raise InputError(f"{manifest_path} has format version {version}, not {TOKENS_FORMAT_VERSION}")
@@ -80,7 +80,9 @@ class TokenizedFolder:
             said = sum(manifest["samples"].values())
         except FileNotFoundError:
             raise InputError(f"{manifest_path} is missing: give a folder that tokenize_vision.py completed") from None
-        except (OSError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{manifest_path} is damaged ({error!r}): tokenize again") from None
         for shard in folder.shards:
             if not (folder.path / shard.name).is_file():
@@ -136,6 +138,14 @@ class TokenizedFolder:
         except (OSError, tarfile.TarError, StopIteration) as error:
             raise InputError(f"cannot read shard {path} ({error}): tokenize again") from None
 
+    @staticmethod
+    def key_of(raw: RawSample) -> str:
+        """Raises InputError: a damaged sample."""
+        try:
+            return str(parse_json(raw.parts["json"])["key"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(raw, error) from None
+
     def parse(self, raw: RawSample) -> MediaSample:
         """Raises InputError: a damaged sample, or a code outside the codebook."""
         return parse_sample(raw, self.codebook_size)
@@ -144,15 +154,19 @@ class TokenizedFolder:
 def parse_sample(raw: RawSample, codebook_size: int) -> MediaSample:
     """Raises InputError: a damaged sample, or a code outside the codebook."""
     try:
-        facts = json.loads(raw.parts["json"])
+        facts = parse_json(raw.parts["json"])
         codes = np.load(io.BytesIO(raw.parts["codes.npy"]), allow_pickle=False)
         key, kind, captions = str(facts["key"]), facts["kind"], tuple(facts["captions"])
         media = Image(codes) if kind == "image" else Video(codes, facts["frame_rate_mhz"], facts["duration_ms"])
     except (KeyError, TypeError, ValueError) as error:  # ValueError: JSON, npy, and InputError of Image and Video
-        raise InputError(f"{raw.place} is damaged ({error!r}): tokenize again") from None
+        raise _damaged(raw, error) from None
     if codes.max() >= codebook_size:
         raise InputError(f"{raw.place} has visual code {codes.max()}, the codebook has {codebook_size}: tokenize again")
     return MediaSample(key, media, captions)
+
+
+def _damaged(raw: RawSample, error: Exception) -> InputError:
+    return InputError(f"{raw.place} is damaged ({error!r}): tokenize again")
 
 
 def _raw_samples(path: Path, file: BinaryIO) -> Iterator[RawSample]:

@@ -102,13 +102,13 @@ def count_ids(dataset: DocumentDataset, workers: int, advance: Callable[[int], N
     return total
 
 
-def runs(lengths: np.ndarray) -> Iterator[tuple[int, int]]:
-    """[begin, end) of documents that together have about RUN_IDS ids; one alone may have more."""
+def runs(lengths: np.ndarray, size: int = RUN_IDS) -> Iterator[tuple[int, int]]:
+    """[begin, end) of documents that together have about `size` ids; one alone may have more."""
     ends = np.cumsum(lengths, dtype=np.int64)
     begin = 0
     while begin < len(lengths):
         read = ends[begin - 1] if begin else 0
-        end = max(begin + 1, int(np.searchsorted(ends, read + RUN_IDS, side="right")))
+        end = max(begin + 1, int(np.searchsorted(ends, read + size, side="right")))
         yield begin, end
         begin = end
 

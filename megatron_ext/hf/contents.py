@@ -31,10 +31,13 @@ class Source:
     """What `provenance_of` returns."""
 
     @classmethod
-    def of_checkpoint(cls, checkpoint: str | Path, vision_tokenizer: str | Path | None) -> "Source":
+    def of_checkpoint(
+        cls, checkpoint: str | Path, vision_tokenizer: str | Path | None, *, exact: bool = False
+    ) -> "Source":
         """A checkpoint (see `describe_checkpoint`) and the folder of the vision tokenizer of its data.
 
-        The decoder's weights stay on disk until they are asked for.
+        The decoder's weights stay on disk until they are asked for; `exact`: the fp32 master weights, where the
+        checkpoint has them by name.
 
         Raises:
             InputError: either cannot be read, or they do not belong together.
@@ -46,7 +49,7 @@ class Source:
         decoder = Decoder(
             shape=DecoderShape.of(described.section),
             layout=described.vocab.layout,
-            tensors=read_weights(described.folder),
+            tensors=read_weights(described.folder, exact=exact),
         )
         return cls(
             decoder=decoder,

@@ -1,5 +1,6 @@
 """A complete Hugging Face folder: weights, configuration, tokenizer, model card, provenance and checksums."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -59,6 +60,7 @@ def write_release(
         raise InputError("remote_code_from: the transformers format has no code of its own; leave it out")
     else:
         contents = transformers_contents(source, dtype)
+    contents = dataclasses.replace(contents, notes=(*contents.notes, *_about_rounding(source, dtype)))
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -67,6 +69,18 @@ def write_release(
         shutil.rmtree(folder)
     partial.rename(folder)
     return contents.notes
+
+
+def _about_rounding(source: Source, dtype: torch.dtype) -> list[str]:
+    """That weights are written in a wider type than they were read in, in a sentence."""
+    types = {tensor.dtype for tensor in source.decoder.tensors.values()}
+    narrow = sorted(str(found).removeprefix("torch.") for found in types if found.itemsize < dtype.itemsize)
+    if not narrow:
+        return []
+    return [
+        f"The decoder's weights are the rounded ones ({', '.join(narrow)}): the checkpoint has no fp32 master weights "
+        "by name, as checkpoint.optimizer_format fully_reshardable saves them."
+    ]
 
 
 def _refuse_others_folder(folder: Path) -> None:

@@ -13,7 +13,7 @@ from megatron_ext.checkpoint.room import OPTIMIZER_BYTES, check_room
 from megatron_ext.config import InputError
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.config.validate import validate
+from megatron_ext.config.validate import possible_precisions, validate
 from megatron_ext.files import check_folder
 from megatron_ext.plan import DecoderShape, count_parameters
 from megatron_ext.vocab import Vocabulary
@@ -82,7 +82,9 @@ def check_place(config: RunConfig, request: Request) -> None:
         _check_same_run(config, saved)
     shape = DecoderShape.of(config.model)
     parameters = count_parameters(shape, Vocabulary.load(config.vocab).layout.size).total
-    weight_bytes = 4 if config.runtime.precision == "fp32" else 2
+    on_gpu = config.runtime.device != "cpu" and request.gpus_per_node > 0
+    possible = possible_precisions(config.runtime.precision, on_gpu=on_gpu)
+    weight_bytes = 4 if "fp32" in possible else 2
     bytes_each = parameters * (weight_bytes + OPTIMIZER_BYTES)
     check_room(run_folder / "checkpoints", bytes_each, config.checkpoint.keep)
 

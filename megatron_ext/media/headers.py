@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 from typing import BinaryIO
 
-import av
 from PIL import Image, UnidentifiedImageError
 
-from megatron_ext.media.clips import MAX_FRAME_RATE
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import FORMATS, MAX_PIXELS
 from megatron_ext.media.samples import Sample
+from megatron_ext.media.video import Video
 
 _EXIF_ORIENTATION = 0x0112
 _EXIF_LYING = (5, 6, 7, 8)  # EXIF 2.32, section 4.6.4 A: rows are stored as columns
@@ -33,7 +32,8 @@ class Header:
 
     codec: str
     """How it is encoded: FFmpeg's name of a clip's codec, Pillow's of a picture's format in small letters. What needs
-    more than that name says (a clip to be turned, a JPEG of four colours) has `-other` at its end."""
+    more than that name says (a clip to be turned or stretched, one with cover art, a JPEG of four colours) has `-other`
+    at its end."""
 
 
 def read_header(sample: Sample) -> Header:
@@ -73,34 +73,9 @@ def _picture_header(file: BinaryIO) -> Header:
 
 
 def _clip_header(file: BinaryIO) -> Header:
-    try:
-        with av.open(file) as container:
-            if not container.streams.video:
-                raise MediaError("no video stream")
-            stream = container.streams.video[0]
-            codec = stream.codec_context.codec.canonical_name
-            rate = float(stream.average_rate or stream.guessed_rate or 0)
-            first = next(container.decode(stream), None)
-            if first is None:
-                raise MediaError("no frame")
-            if first.width * first.height > MAX_PIXELS:
-                raise MediaError(f"{first.height}x{first.width} pixels: more than {MAX_PIXELS}")
-            height, width = first.height, first.width
-            turns = round(first.rotation / 90) % 4
-            if turns % 2:
-                height, width = width, height
-            # Matroska and WebM do not say how many frames they hold: their packets are counted.
-            num_frames = stream.frames or _count_packets(container, stream)
-    except (MediaError, MemoryError):
-        raise
-    except Exception as error:  # FFmpeg's errors are many classes, and PyAV adds ValueError and OSError
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
-    if not 0 < rate <= MAX_FRAME_RATE:
-        raise MediaError(f"frame rate {rate:g} is not usable")
-    codec += "-other" if turns else ""
-    return Header(height=height, width=width, num_frames=num_frames, frame_rate=rate, codec=codec)
-
-
-def _count_packets(container: av.container.InputContainer, stream: av.VideoStream) -> int:
-    container.seek(0, backward=True)
-    return sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
+    with Video(file) as video:
+        height, width = video.first_frame.size
+        num_frames, frame_rate, counts_as_stored = video.summary
+        is_plain = counts_as_stored and video.first_frame.is_shown_as_stored
+        codec = video.codec + ("" if is_plain else "-other")
+    return Header(height=height, width=width, num_frames=num_frames, frame_rate=float(frame_rate), codec=codec)

@@ -1,29 +1,27 @@
 """What there is to read: pictures and clips with captions, from folders, tar files and manifests.
 
 A folder is img2dataset's "files" output: KEY.jpg (or another picture or clip), KEY.txt with the caption, KEY.json with
-more about it; sub-folders are searched. A tar is a WebDataset shard: members of one key stand together.
-A key is the path without everything from the first dot of its last part (module members). A manifest (module
-manifests) names one sample per row.
+more about it; sub-folders are searched, and the tars in them are read. A tar is a WebDataset shard. A manifest (module
+manifests) names one sample per row. Module groups says which files make a sample.
 
 Inputs are paths or glob patterns. Listing reads names only (of a tar, its headers); the bytes are read sample by
 sample, in any order.
 """
 
-import glob
 import itertools
-import tarfile
-from collections.abc import Iterable, Iterator
+import os
+import stat
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from megatron_ext.config import InputError
+from megatron_ext.files import named, suffix_of, walk
+from megatron_ext.media.groups import Entry, caption_suffixes, grouped, matters
 from megatron_ext.media.manifests import MANIFESTS, open_manifest
-from megatron_ext.media.members import key_of
 from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, readable_name
-
-# KEY.mask.png beside KEY.jpg is something else about the sample; alone it is a picture whose name has a dot.
-OTHER_MEDIA = "other media"
+from megatron_ext.media.tars import is_tar_name, tar_samples
 
 Layout = Literal["folder", "tar", "media", "manifest"]
 """What an existing input is: a folder of samples, a tar, one picture or clip, or a table of samples."""
@@ -40,13 +38,13 @@ class Part:
         return readable_name(str(self.paths[0]) + (", ..." if len(self.paths) > 1 else ""))
 
 
-def parts_of(inputs: Iterable[str | Path]) -> list[Part]:
-    """The inputs, patterns expanded, in the order given; what is named twice counts once. Nothing is opened.
+def parts_of(inputs: Iterable[str | Path], *, option: str = "input") -> list[Part]:
+    """The inputs, patterns expanded, in the order given; what is named twice counts once. No file is opened.
 
     Raises:
         InputError: as `expand`.
     """
-    paths = dict.fromkeys(path for pattern in inputs for path in expand(pattern))
+    paths = dict.fromkeys(path for pattern in inputs for path in expand(pattern, option=option))
     parts: list[Part] = []
     for layout, group in itertools.groupby(paths, key=layout_of):
         if layout == "media":
@@ -88,12 +86,12 @@ def listing_of(part: Part) -> Listing:
 
 def _entries(part: Part) -> list[Sample | Fault]:
     if part.layout == "tar":
-        return _tar_samples(part.paths[0])
+        return tar_samples(part.paths[0])
     if part.layout == "media":
         return [entry for path in part.paths for entry in _beside(path)]
-    found = _grouped(_folder_entries(part.paths[0], part.paths[0].rglob("*")))
+    found = grouped(_folder_entries(part.paths[0]), in_tar=False)
     if not found:
-        raise InputError(f"input {str(part)!r} holds no picture and no clip ({', '.join(KINDS)})")
+        raise InputError(f"input {str(part)!r} holds no picture, no clip and no tar ({', '.join(KINDS)})")
     return found
 
 
@@ -127,128 +125,87 @@ def samples_of(path: Path) -> list[Sample]:
     return entries
 
 
-def expand(pattern: str | Path) -> list[Path]:
-    """What an input names: the path itself, or what a glob pattern (`*`, `?`, `[...]`, `**`) matches, sorted.
+def expand(pattern: str | Path, *, option: str = "input") -> list[Path]:
+    """The folders, tars, media files and manifests that an input names, see `files.named`; of a folder also the tars
+    in it, behind it where it holds something else as well.
 
-    A pattern's matches that are neither folders, tars nor media files, such as img2dataset's `00000_stats.json`, are
-    passed over; so are manifests, unless its end names them (`*.parquet`): img2dataset's tars have others beside them.
+    A pattern's matches that are nothing of this, such as img2dataset's `00000_stats.json`, are passed over; so are
+    manifests, unless its end names them (`*.parquet`): img2dataset's tars have others beside them.
 
     Raises:
-        InputError: there is no such path, or nothing that could hold media matches.
+        InputError: as `files.named`, or nothing that could hold media matches.
     """
-    path = Path(pattern)
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(pattern)):
-        raise InputError(
-            f"input {str(pattern)!r} is missing: give a folder of media files, a WebDataset tar or a manifest"
-        )
-    matches = map(Path, sorted(glob.glob(str(pattern), recursive=True)))
-    end = _suffix(str(pattern))
-    suffixes = (*KINDS, "tar", *((end,) if end in MANIFESTS else ()))
-    found = [match for match in matches if match.is_dir() or _suffix(match.name) in suffixes]
+    found = named(pattern, option)
+    if not os.path.exists(pattern):
+        end = suffix_of(pattern)
+        suffixes = (*KINDS, *((end,) if end in MANIFESTS else ()))
+        found = [p for p in found if p.is_dir() or suffix_of(p) in suffixes or is_tar_name(p.name)]
     if not found:
-        raise InputError(f"input {str(pattern)!r} matches no folder, no tar and no media file: correct the pattern")
-    return found
+        raise InputError(f"{option} {str(pattern)!r} matches no folder, no tar and no media file: correct the pattern")
+    for path in (p for p in found if not p.exists() and suffix_of(p) not in KINDS):
+        raise InputError(f"{option} {str(pattern)!r}: {path} is a link that leads nowhere: mend or remove it")
+    return [path for match in found for path in (_folder_and_tars(match) if match.is_dir() else [match])]
 
 
 def layout_of(path: Path) -> Layout:
     """What an existing input is."""
     if path.is_dir():
         return "folder"
-    suffix = _suffix(path.name)
+    suffix = suffix_of(path)
     return "media" if suffix in KINDS else "manifest" if suffix in MANIFESTS else "tar"
 
 
-def _suffix(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+def _folder_and_tars(folder: Path) -> list[Path]:
+    """The folder, unless it holds tars and nothing else that `_folder_entries` would name, and its tars."""
+    tars: list[Path] = []
+    unreadable: list[Path] = []
+    has_others = False
+    for place, files in walk(folder, lambda place, error: unreadable.append(place)):
+        for file in (each for each in files if not each.name.startswith(".")):
+            if _is_lost(file) or suffix_of(file.name) in KINDS:
+                has_others = True
+            elif is_tar_name(file.name):
+                tars.append(place / file.name)
+    return [*([folder] if has_others or unreadable or not tars else []), *sorted(tars)]
+
+
+def _is_lost(file: os.DirEntry) -> bool:
+    """Whether it is a link that leads nowhere."""
+    return file.is_symlink() and not os.path.exists(file)
+
+
+def _folder_entries(folder: Path) -> list[Entry]:
+    """The files of a folder and of those below, by name, tars left out; and what keeps others from being found."""
+    found: list[Entry] = []
+
+    def note(place: Path, error: OSError) -> None:
+        if place == folder:
+            raise InputError(f"input {str(folder)!r} cannot be searched ({error.strerror}): check its permissions")
+        name = f"{place.relative_to(folder).as_posix()}/"
+        found.append(Entry(name, str(place), f"the folder cannot be searched ({error.strerror})"))
+
+    for place, files in walk(folder, note):
+        for file in files:
+            if matters(file.name) or _is_lost(file):
+                found.append(_entry(folder, place / file.name))
+    return sorted(found, key=lambda entry: entry.name)
+
+
+def _entry(folder: Path, path: Path) -> Entry:
+    name = path.relative_to(folder).as_posix()
+    try:
+        status = path.stat()
+    except OSError as error:
+        what = "a link that leads nowhere" if path.is_symlink() else "it cannot be read"
+        return Entry(name, str(path), f"{what} ({error.strerror})")
+    if not stat.S_ISREG(status.st_mode):
+        return Entry(name, str(path), "it is no file")
+    return Entry(name, str(path), Extent(path=path, offset=0, size=status.st_size, stamp=status.st_mtime_ns))
 
 
 def _beside(path: Path) -> list[Sample | Fault]:
     """The sample that a picture or clip is with what lies beside it."""
-    stem = path.name.partition(".")[0]
-    beside = (path.with_name(f"{stem}.{suffix}") for suffix in ("txt", "json"))
-    return _grouped(_folder_entries(path.parent, [path, *(other for other in beside if other.exists())]))
-
-
-def _folder_entries(folder: Path, paths: Iterable[Path]) -> Iterator[tuple[str, str, Extent]]:
-    for path in sorted(paths):
-        if path.is_file():
-            status = path.stat()
-            extent = Extent(path=path, offset=0, size=status.st_size, stamp=status.st_mtime_ns)
-            yield path.relative_to(folder).as_posix(), str(path), extent
-
-
-def _tar_samples(path: Path) -> list[Sample | Fault]:
-    """The samples of a tar. Of one that is cut off, damaged or unreadable from somewhere on, those before: the last of
-    them may lack files, and goes with it."""
-    entries: list[tuple[str, str, Extent]] = []
-    fault, begun = None, False
-    try:
-        stamp = path.stat().st_mtime_ns
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                begun = True
-                if member.isfile():
-                    extent = Extent(path=path, offset=member.offset_data, size=member.size, stamp=stamp)
-                    entries.append((member.name.removeprefix("./"), f"{path}:{member.name}", extent))
-            # tarfile takes a header that it cannot read for the end of the archive, which is a block of zeros.
-            tar.fileobj.seek(tar.offset)
-            block = tar.fileobj.read(tarfile.BLOCKSIZE)
-            if block != tarfile.NUL * tarfile.BLOCKSIZE:
-                fault = f"damaged at byte {tar.offset}" if len(block) == tarfile.BLOCKSIZE else "cut off"
-    except tarfile.TarError as error:
-        fault = "cut off" if begun else str(error)
-    except OSError as error:
-        fault = f"unreadable ({error.strerror or error})"
-        if not begun:
-            return [_fault_of(path, fault)]
-    if not begun and fault is not None:
-        return [_fault_of(path, f"it is not an uncompressed tar ({fault})")]
-    if fault is None or not entries:
-        return _grouped(entries) or [_fault_of(path, f"it holds no picture and no clip ({fault or 'it is whole'})")]
-    last = key_of(entries[-1][0])
-    reason = f"the tar is {fault}: this sample may lack files, and what followed is lost"
-    return [
-        *_grouped(entry for entry in entries if key_of(entry[0]) != last),
-        Fault(key=readable_name(last), source=readable_name(entries[-1][1]), reason=reason),
-    ]
-
-
-def _fault_of(path: Path, reason: str) -> Fault:
-    return Fault(key=readable_name(path.stem), source=readable_name(str(path)), reason=reason)
-
-
-def _grouped(entries: Iterable[tuple[str, str, Extent]]) -> list[Sample | Fault]:
-    """Samples of entries (name, source, extent), sorted by key; other files are passed over.
-
-    Of two pictures or clips under one key the first is the sample's, the other a fault.
-    """
-    parts: dict[str, dict[str, tuple[str, Extent]]] = {}
-    found: dict[str, list[Sample | Fault]] = {}
-    for name, source, extent in entries:
-        _, _, suffix = name.rpartition("/")[2].partition(".")
-        key = key_of(name)
-        if name.rpartition("/")[2].startswith("."):  # hidden files
-            continue
-        files = parts.setdefault(key, {})
-        suffix = suffix.lower()
-        role = "media" if suffix in KINDS else OTHER_MEDIA if suffix.rpartition(".")[2] in KINDS else suffix
-        if role in ("media", OTHER_MEDIA) and role in files:
-            first = readable_name(files[role][0])
-            fault = Fault(
-                key=readable_name(key),
-                source=readable_name(source),
-                reason=f"two media files of one key: {first} is used",
-            )
-            found.setdefault(key, []).append(fault)
-        else:
-            files[role] = (source, extent)
-    for key, files in parts.items():
-        if "media" in files or OTHER_MEDIA in files:
-            source, media = files.get("media") or files[OTHER_MEDIA]
-            text, fields = (files[role][1] if role in files else None for role in ("txt", "json"))
-            kind = KINDS[_suffix(source)]
-            sample = Sample(key=readable_name(key), kind=kind, source=source, media=media, text=text, fields=fields)
-            found.setdefault(key, []).insert(0, sample)
-    return [entry for key in sorted(found) for entry in found[key]]
+    key, _, suffix = path.name.partition(".")
+    names = (f"{key}.{name}" for names in caption_suffixes(suffix.lower()).values() for name in names)
+    others = [other for name in names if (other := path.with_name(name)).exists()]
+    return grouped([_entry(path.parent, each) for each in (path, *others)], in_tar=False)

@@ -5,18 +5,18 @@
 | `path` | the file, or the tar that holds it; relative to the manifest's folder, or else to the current one |
 | `key` | what the sample is called; without it the path up to the first dot of its last part |
 | `caption`, `captions` (a list), `caption_*` | captions; without any, those of KEY.txt and KEY.json beside a file |
-| `offset`, `size` | the bytes of the sample inside a tar |
+| `offset`, `size` | the bytes of the sample inside a tar; of a Parquet file's row `offset`, from 0 |
 | `kind` | image or video; without it the suffix of `source`, or else of `path`, says it |
 | `source` | where the sample is, for people; without it `path`, and `offset` where there is one |
 | `verdict` | curation's: rows that are not `kept` are left out |
 
-Other columns are passed over. Rows stay in their order.
+Other columns are passed over. Rows stay in their order. A Parquet file without `path` may hold pictures or clips
+itself, as img2dataset's `parquet` output does: their bytes in a column named jpg, png, webp, mp4, ...; rows without
+bytes, which could not be downloaded, are left out.
 """
 
 import bisect
 import functools
-import itertools
-import json
 import os
 from array import array
 from collections.abc import Mapping
@@ -24,7 +24,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_ext.config import InputError
-from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, captions_in
+from megatron_ext.files import parse_json, reading, suffix_of
+from megatron_ext.media.cells import group_ends, media_column
+from megatron_ext.media.groups import caption_suffixes
+from megatron_ext.media.samples import KINDS, Extent, Fault, Sample, captions_in, readable_name
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,11 +42,9 @@ _COLUMNS = ("path", "key", "captions", "offset", "size", "kind", "source", "verd
 
 
 def open_manifest(path: Path) -> "JsonManifest | ParquetManifest":
-    """Raises InputError: it cannot be read, or is a Parquet file without a column `path`."""
-    try:
-        return ParquetManifest(path) if path.suffix == ".parquet" else JsonManifest(path)
-    except OSError as error:
-        raise InputError(f"cannot read manifest {path}: {error.strerror or error}") from None
+    """Raises InputError: it cannot be read, or is a Parquet file without a column `path` or one of pictures."""
+    with reading(path, "manifest"):
+        return ParquetManifest(path) if suffix_of(path) == "parquet" else JsonManifest(path)
 
 
 class JsonManifest:
@@ -61,7 +62,7 @@ class JsonManifest:
 
     def entries(self, first: int, stop: int) -> list[Sample | Fault]:
         """What rows `first` to `stop` - 1 name."""
-        with self._path.open("rb") as file:
+        with reading(self._path, "manifest"), self._path.open("rb") as file:
             file.seek(self._starts[first])
             lines = [file.readline() for _ in range(first, min(stop, len(self)))]
         found = (
@@ -78,17 +79,19 @@ class ParquetManifest:
         import pyarrow.parquet
 
         self._path = path
-        try:
-            self._file = pyarrow.parquet.ParquetFile(path)
-        except pyarrow.ArrowInvalid as error:
-            raise InputError(f"cannot read manifest {path}: {' '.join(str(error).split())}") from None
+        self._file = pyarrow.parquet.ParquetFile(path)
         names = self._file.schema_arrow.names
-        if "path" not in names:
-            raise InputError(f"manifest {path} has no column path; it has {', '.join(names)}")
-        self._columns = [name for name in names if name in _COLUMNS or name.startswith("caption")]
-        metadata = self._file.metadata
-        counts = (metadata.row_group(number).num_rows for number in range(metadata.num_row_groups))
-        self._ends = list(itertools.accumulate(counts))
+        self._media = None if "path" in names else media_column(self._file.schema_arrow, tuple(KINDS))
+        if "path" not in names and self._media is None:
+            raise InputError(
+                f"manifest {path} has no column path, and none of bytes named {', '.join(KINDS)}; "
+                f"it has {', '.join(names)}"
+            )
+        self._columns = [
+            name for name in names if name in _COLUMNS or name.startswith("caption") or name == self._media
+        ]
+        self._stamp = os.stat(path).st_mtime_ns
+        self._ends = group_ends(self._file)
         self._held: tuple[int, pyarrow.Table] | None = None
 
     def __len__(self) -> int:
@@ -102,21 +105,45 @@ class ParquetManifest:
         while first < stop:
             start, end = self._ends[number - 1] if number else 0, min(stop, self._ends[number])
             rows = self._group(number).slice(first - start, end - first).to_pylist()
-            found += (_entry(self._path, row, fields) for row, fields in enumerate(rows, first + 1))
+            found += (self._entry(row, fields) for row, fields in enumerate(rows, first + 1))
             first = end
             number += 1
         return [entry for entry in found if entry is not None]
 
+    def _entry(self, row: int, fields: Mapping[str, Any]) -> Sample | Fault | None:
+        if self._media is None:
+            return _entry(self._path, row, fields)
+        size, key = fields[self._media], fields.get("key")
+        if size is None or (fields.get("verdict") or KEPT) != KEPT:
+            return None
+        return Sample(
+            key=_printable(str(key)) if key else f"{readable_name(self._path.stem)}-{row}",
+            kind=KINDS[self._media.lower()],
+            source=f"{readable_name(str(self._path))}#{row}",
+            media=Extent(path=self._path, offset=row - 1, size=size, stamp=self._stamp),
+            text=None,
+            fields=None,
+            given=tuple(map(_printable, captions_in(fields))),
+        )
+
     def _group(self, number: int) -> "pyarrow.Table":
+        """A row group, with the sizes of pictures in place of their bytes."""
+        import pyarrow.compute
+
         if self._held is None or self._held[0] != number:
-            self._held = (number, self._file.read_row_group(number, columns=self._columns))
+            with reading(self._path, "manifest"):
+                group = self._file.read_row_group(number, columns=self._columns)
+            if self._media is not None:
+                sizes = pyarrow.compute.binary_length(group.column(self._media))
+                group = group.set_column(group.column_names.index(self._media), self._media, sizes)
+            self._held = (number, group)
         return self._held[1]
 
 
 def _object(line: bytes) -> dict[str, Any] | None:
     try:
-        fields = json.loads(line.decode("utf-8"))
-    except ValueError:  # of which UnicodeDecodeError and JSONDecodeError are kinds
+        fields = parse_json(line)
+    except ValueError:
         return None
     return fields if isinstance(fields, dict) else None
 
@@ -157,7 +184,7 @@ def _source(name: str, fields: Mapping[str, Any]) -> str:
 
 
 def _kind_of(name: str) -> str | None:
-    return KINDS.get(name.rpartition(".")[2].lower())
+    return KINDS.get(suffix_of(name))
 
 
 def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple[Extent, dict[str, Extent | None]]:
@@ -169,10 +196,10 @@ def _extents(path: Path, fields: Mapping[str, Any], has_captions: bool) -> tuple
             raise ValueError(f"offset {offset}, size {size}")
         return Extent(path=path, offset=int(offset), size=int(size), stamp=_stamp(path)), beside
     if not has_captions:
-        stem = path.name.partition(".")[0]
-        for role, suffix in (("text", "txt"), ("fields", "json")):
-            file = path.with_name(f"{stem}.{suffix}")
-            beside[role] = _whole(file) if file.is_file() else None
+        stem, _, suffix = path.name.partition(".")
+        for field, suffixes in caption_suffixes(suffix.lower()).items():
+            files = (path.with_name(f"{stem}.{each}") for each in suffixes)
+            beside[field] = next((_whole(file) for file in files if file.is_file()), None)
     return _whole(path), beside
 
 

@@ -7,6 +7,7 @@ import io
 import re
 import tarfile
 
+from megatron_ext.files import suffix_of
 from megatron_ext.media.samples import KINDS
 
 _ESCAPES = str.maketrans({character: f"%{ord(character):02X}" for character in "%.\0"})
@@ -36,7 +37,7 @@ def key_of(name: str) -> str:
 def media_suffix(kind: str, *names: str) -> str:
     """The suffix of the first of `names` (paths, addresses) that says `kind`, else a common one: a reader takes the
     kind from the suffix, and how it is encoded from the content."""
-    suffixes = (name.rpartition(".")[2].lower() for name in names)
+    suffixes = map(suffix_of, names)
     return next((suffix for suffix in suffixes if KINDS.get(suffix) == kind), "mp4" if kind == "video" else "jpg")
 
 

@@ -1,12 +1,14 @@
 """A picture or a clip with its captions: where its bytes are, and how they are read."""
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from megatron_ext.config import InputError
+from megatron_ext.files import parse_json, suffix_of, text_of
+from megatron_ext.media.cells import read_cell
 from megatron_ext.media.errors import MediaError
 
 KINDS = {
@@ -17,13 +19,13 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """Bytes of a file."""
+    """Bytes of a file, or of a row of a Parquet file."""
 
     path: Path
-    """The file: one of the sample's own, or the tar that holds it."""
+    """The file: one of the sample's own, or the tar or Parquet file that holds it."""
 
     offset: int
-    """First byte."""
+    """First byte; in a Parquet file the row, from 0."""
 
     size: int
     """Number of bytes."""
@@ -37,6 +39,8 @@ class Extent:
         Raises:
             MediaError: the file cannot be read, or ends early.
         """
+        if self._is_cell:
+            return self._cell()
         try:
             with self.path.open("rb") as file:
                 file.seek(self.offset)
@@ -47,16 +51,28 @@ class Extent:
             raise MediaError(f"cannot be read (ends after {len(content)} of {self.size} bytes)")
         return content
 
-    def open(self) -> io.BufferedReader:
+    def open(self) -> BinaryIO:
         """The bytes as a file that is read where it is looked at: a header costs a header.
 
         Raises:
             MediaError: the file cannot be opened.
         """
+        if self._is_cell:
+            return io.BytesIO(self._cell())
         try:
             return io.BufferedReader(_Window(self))
         except OSError as error:
             raise MediaError(f"cannot be read ({error.strerror})") from None
+
+    @property
+    def _is_cell(self) -> bool:
+        return suffix_of(self.path) == "parquet"
+
+    def _cell(self) -> bytes:
+        try:
+            return read_cell(self.path, self.stamp, self.offset, tuple(KINDS))
+        except InputError as error:
+            raise MediaError(str(error)) from None
 
 
 class _Window(io.RawIOBase):
@@ -128,7 +144,7 @@ class Sample:
         found: list[str] = list(self.given)
         if self.text:
             try:
-                found.append(self.text.read().decode("utf-8"))
+                found.append(text_of(self.text.read()))
             except UnicodeDecodeError as error:
                 raise MediaError(f"its captions are unreadable: {error}") from None
         if self.fields:
@@ -162,12 +178,12 @@ def json_captions(content: bytes) -> list[str]:
         MediaError: not a JSON object in UTF-8, or a caption with a lone surrogate, which no file could hold.
     """
     try:
-        fields = json.loads(content.decode("utf-8"))
+        fields = parse_json(content)
         if not isinstance(fields, dict):
-            raise MediaError("its captions are unreadable: not a JSON object")
+            raise ValueError("not a JSON object")
         found = captions_in(fields)
         "".join(found).encode("utf-8")
-    except (UnicodeError, json.JSONDecodeError) as error:
+    except ValueError as error:  # of which those about JSON and Unicode are kinds
         raise MediaError(f"its captions are unreadable: {error}") from None
     return found
 

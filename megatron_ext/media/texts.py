@@ -3,26 +3,28 @@
 Only the document at hand is in memory, of Parquet a batch of rows.
 """
 
-import glob
 import gzip
 import io
 import itertools
 import json
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple
 
 from megatron_ext.config import InputError
+from megatron_ext.files import files_named, parse_json, reading, suffix_of
+
+if TYPE_CHECKING:
+    import pyarrow
 
 TextUnit = Literal["line", "paragraph", "file"]
 """What of a plain text file is one document; a paragraph ends at an empty line."""
 
 NOT_UNICODE = "not UTF-8: it has a broken byte or a lone surrogate"
 
-_JSON_LINES = (".jsonl", ".ndjson", ".json")  # C4 and Dolma name their files .json.gz
+_JSON_LINES = ("jsonl", "ndjson", "json")  # C4 and Dolma name their files .json.gz
 _ROWS_AT_ONCE = 256
 
 
@@ -36,18 +38,12 @@ class BadText:
 
 
 def find_text_files(patterns: Iterable[str], *, option: str = "text") -> list[Path]:
-    """The files that glob patterns (`**` for folders) match: each once, sorted.
+    """The files that paths and patterns name, see `files.named`: each once, sorted.
 
     Raises:
-        InputError: a pattern matches no file.
+        InputError: one of them names no file.
     """
-    found: set[Path] = set()
-    for pattern in patterns:
-        files = {Path(match) for match in glob.glob(pattern, recursive=True) if Path(match).is_file()}
-        if not files:
-            raise InputError(f"{option} {pattern!r} matches no file: check the path, relative to {Path.cwd()}")
-        found |= files
-    return sorted(found)
+    return sorted({file for pattern in patterns for file in files_named(pattern, option)})
 
 
 def read_texts(
@@ -55,18 +51,18 @@ def read_texts(
 ) -> Iterator[tuple[str, str] | BadText]:
     """(source key, text) of each document of a text file; the key is the path, `#` and a number from 1.
 
-    Names decide: .parquet has a document per row in column `field`; .jsonl (.ndjson, .json) one per line in key
-    `field`; anything else is plain text, cut into documents by `unit`. A further .gz or .zst says how it is compressed.
+    Names decide, in letters of any case: .parquet has a document per row in column `field`; .jsonl (.ndjson, .json) one
+    per line in key `field`; anything else is plain text, cut into documents by `unit`. A further .gz or .zst says how
+    it is compressed.
     Blank texts are given too: the caller counts them. What is not UTF-8, or has no string where the text should be,
     comes as a BadText. `on_read` is told how many more of the file's bytes are done.
 
     Raises:
         InputError: the file cannot be read, or is damaged, or a Parquet file has no such column of strings.
     """
-    with _naming(path):
-        documents = (
-            _parquet(path, field, on_read) if path.suffix == ".parquet" else _lines_of(path, unit, field, on_read)
-        )
+    with reading(path, "text"):
+        is_parquet = suffix_of(path) == "parquet"
+        documents = _parquet(path, field, on_read) if is_parquet else _lines_of(path, unit, field, on_read)
         for number, (place, text) in enumerate(documents, 1):
             if text is None:
                 yield BadText(f"{path}:{place}", f"no string in field {field}")
@@ -87,9 +83,9 @@ def read_rows(
     Raises:
         InputError: the file cannot be read, or is damaged, or has another suffix, or none of `fields` as a column.
     """
-    if path.suffix != ".parquet" and _inner_suffix(path) not in _JSON_LINES:
+    if suffix_of(path) != "parquet" and _inner_suffix(path) not in _JSON_LINES:
         raise InputError(f"{path} has no rows: give .jsonl or .parquet")
-    with _naming(path):
+    with reading(path, "text"):
         for number, (place, row) in enumerate(_rows(path, fields, on_read), 1):
             if not isinstance(row, dict):
                 yield BadText(f"{path}:{place}", "no JSON object")
@@ -97,18 +93,6 @@ def read_rows(
                 yield BadText(f"{path}:{place}", NOT_UNICODE)
             else:
                 yield str(row.get("key") or f"{path.as_posix()}#{number}"), row
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """What is wrong with a file becomes an InputError that names it."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, EOFError, zlib.error, ValueError) as error:  # gzip raises the first three, pyarrow ValueErrors
-        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
-        raise InputError(f"cannot read text {path}: {reason}") from None
 
 
 def is_unicode(text: str) -> bool:
@@ -138,18 +122,24 @@ def _lines_of(
 
 def _inner_suffix(path: Path) -> str:
     """What the name says of the content, compressed or not."""
-    return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
+    suffix = suffix_of(path)
+    return suffix_of(path.stem) if suffix in ("gz", "zst") else suffix
 
 
 @contextmanager
 def _open_lines(path: Path, on_read: Callable[[int], None]) -> Iterator[Iterator[_Line]]:
-    with path.open("rb") as raw, closing(_decompressed(raw, path.suffix)) as file:
-        yield _lines(file, raw, on_read)
+    with path.open("rb") as raw, closing(_decompressed(raw, suffix_of(path))) as file:
+        try:
+            yield _lines(file, raw, on_read)
+        except OSError as error:
+            if "requires too much memory" in str(error):  # zstd's own limit of what a file may ask for
+                raise ValueError("its zstd window is above 128 MiB: compress it again with --long=27 or less") from None
+            raise
 
 
 def _rows(path: Path, fields: Sequence[str], on_read: Callable[[int], None]) -> Iterator[tuple[int, Any]]:
     """(line or row from 1, what it holds)."""
-    if path.suffix == ".parquet":
+    if suffix_of(path) == "parquet":
         yield from enumerate(_parquet_rows(path, fields, on_read), 1)
         return
     with _open_lines(path, on_read) as lines:
@@ -161,15 +151,15 @@ def _rows(path: Path, fields: Sequence[str], on_read: Callable[[int], None]) -> 
 def _json(line: str) -> Any:
     """What a line of JSON holds; None where it is none."""
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
 
 def _decompressed(raw: BinaryIO, suffix: str) -> BinaryIO:
-    if suffix == ".gz":
+    if suffix == "gz":
         return gzip.GzipFile(fileobj=raw)
-    if suffix == ".zst":
+    if suffix == "zst":
         import pyarrow  # here: only who reads .zst or .parquet needs it
 
         return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"))
@@ -223,8 +213,7 @@ def _parquet_rows(
     size = path.stat().st_size
     with pyarrow.parquet.ParquetFile(path) as file:
         types = {column.name: column.type for column in file.schema_arrow}
-        strings = (pyarrow.string(), pyarrow.large_string())
-        columns = [name for name in fields if name in types and (not of_strings or types[name] in strings)]
+        columns = [name for name in fields if name in types and (not of_strings or _is_of_strings(types[name]))]
         if not columns:
             wanted = " or ".join(map(repr, fields)) + (" of strings" if of_strings else "")
             found = ", ".join(f"{name} ({kind})" for name, kind in types.items())
@@ -235,3 +224,11 @@ def _parquet_rows(
             done = first + len(batch)
             on_read(size * done // rows - size * first // rows)
             first = done
+
+
+def _is_of_strings(kind: "pyarrow.DataType") -> bool:
+    """However they are stored: each string in its place, or once in a dictionary."""
+    from pyarrow import types
+
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(values) or types.is_large_string(values) or types.is_string_view(values)

@@ -1,4 +1,4 @@
-"""The Emu3 decoder: section `model` -> TransformerConfig -> megatron-core's GPTModel, unmodified.
+"""The Emu3 decoder: section `model` -> TransformerConfig -> megatron-core's GPTModel as it is.
 
 Shape legend: B rows (always 1: a micro-batch is one packed row), T tokens of this rank's share of the row, S the same
 in megatron-core's sequence-first order, V this tensor rank's share of the padded vocabulary.

@@ -55,7 +55,7 @@ def progress(label: str, total: int, unit: str, console: Console) -> Iterator[Ad
         if done == total or now - last >= SECONDS_BETWEEN_LINES:
             last = now
             rate = done / max(now - start, 1e-9)
-            left = duration((total - done) / rate)
+            left = duration((total - done) / rate) if rate else "unknown"  # nothing is done while inputs are looked at
             console.print(f"{label}: {done:,}/{total:,} {unit} | {_rate(rate)} {unit}/s | ETA {left}", soft_wrap=True)
 
     yield report

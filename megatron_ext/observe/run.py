@@ -17,6 +17,7 @@ from megatron_ext.observe.provenance import append_provenance, collect_provenanc
 from megatron_ext.observe.weights_and_biases import WeightsAndBiases
 from megatron_ext.observe.writers import ConsoleLines, JsonLines, TensorBoard
 from megatron_ext.runtime import Topology
+from megatron_ext.runtime.precision import Precision
 
 EVENTS = "events.jsonl"
 """Of the files that are never replaced: it carries the lock of the folder."""
@@ -109,6 +110,11 @@ class Run:
         if self._events is not None:
             with self._writing():
                 self._events.write({"event": kind, "time": round(time.time(), 3), **fields})
+
+    def tell_precision(self, precision: Precision) -> None:
+        """Say what the run computes in and why, on the console and in the start's provenance."""
+        self.console.print(precision.line, markup=False, soft_wrap=True)
+        self.add_provenance(precision=precision.facts)
 
     def add_provenance(self, **facts: Any) -> None:
         """What is known only after the start, such as identities; before `truncate_after`, which writes it."""

@@ -110,8 +110,8 @@ def build_optimizer(
     Raises:
         InputError: the schedule contradicts itself, or the precision cannot be trained in on this device.
     """
-    precision = "fp32" if topology.dtype == torch.float32 else "bf16"
-    for fault in (schedule_fault(optim, steps), precision_fault(precision, on_gpu=topology.device.type != "cpu")):
+    on_gpu = topology.device.type != "cpu"
+    for fault in (schedule_fault(optim, steps), precision_fault(topology.precision.name, on_gpu=on_gpu)):
         if fault:
             raise InputError(fault)
     wrapped = DistributedDataParallel(
@@ -120,6 +120,7 @@ def build_optimizer(
             use_distributed_optimizer=True,
             overlap_grad_reduce=parallel.overlap_grad_reduce,
             overlap_param_gather=parallel.overlap_param_gather,
+            bucket_size=parallel.bucket_size,
             grad_reduce_in_fp32=True,
         ),
         module=model,

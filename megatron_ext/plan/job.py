@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.run import RunConfig
-from megatron_ext.config.validate import broken_rules, precision_fault
+from megatron_ext.config.validate import broken_rules, possible_precisions, precision_fault
 from megatron_ext.plan.flops import flops_per_token
 from megatron_ext.plan.memory import Memory, rank_memory
 from megatron_ext.plan.parameters import Parameters, count_parameters, pad_vocabulary
@@ -31,6 +31,9 @@ class Plan:
     data_parallel_size: int
     microbatches: int
     """Forward and backward passes of a rank in one step."""
+
+    precision: str
+    """Of weights and activations. For auto what it can become; on a CPU, which may be fp32 or bf16, what takes more."""
 
     memory: Memory
     flops_per_token: float
@@ -63,7 +66,12 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
     tokens_per_step = train.global_batch_size * train.seq_length
     flops = flops_per_token(shape, train.seq_length, vocab_size=vocab_size)
     steps = train.train_steps if question.tokens is None else math.ceil(question.tokens / tokens_per_step)
-    precision = config.runtime.precision
+    on_gpu = config.runtime.device != "cpu"
+    memories = {
+        name: rank_memory(shape, vocab_size, config.computing_in(name).runtime, parallel, train, world_size)
+        for name in possible_precisions(config.runtime.precision, on_gpu=on_gpu)
+    }
+    precision = max(memories, key=lambda name: memories[name].peak)
     faults = [rule.message(config, world_size) for rule in broken_rules(config, world_size)]
     # A rule where the device is named. A plan is one for GPUs otherwise.
     if config.runtime.device == "auto" and (fault := precision_fault(precision, on_gpu=True)):
@@ -75,7 +83,8 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
         parameters=count_parameters(shape, vocab_size),
         data_parallel_size=data,
         microbatches=math.ceil(train.global_batch_size / (data * train.micro_batch_size)),
-        memory=rank_memory(shape, vocab_size, config.runtime, parallel, train, world_size),
+        precision=precision,
+        memory=memories[precision],
         flops_per_token=flops,
         tokens_per_step=tokens_per_step,
         steps=steps,

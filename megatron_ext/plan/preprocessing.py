@@ -4,7 +4,6 @@ Everything follows from counts and from measured rates; no rate is assumed. One 
 tasks share nothing, so more of them take proportionally less time.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Annotated
 
 from megatron_ext.config import InputError
 from megatron_ext.config.section import Count, Name, NonNegative, Number, Positive, Section, Share, above, least
+from megatron_ext.files import parse_json
 from megatron_ext.vocab import Grid, VocabLayout
 from megatron_ext.vocab.document import BlockFormat
 
@@ -76,11 +76,17 @@ class PlanConfig(Section):
     """Samples of a tar, as tokenize_vision.py is told."""
 
     rates: tuple[Name, ...] = ()
-    """List of JSON files with measured rates, under the names of the six fields below (benchmarks/preprocess.py writes
-    one); a later file wins."""
+    """List of JSON files with measured rates, under the names of the eight fields below (benchmarks/preprocess.py
+    writes one); a later file wins."""
 
     filter_pictures_per_second: NonNegative | None = None
     """Pictures that curation judges per core; 0: no curation."""
+
+    cluster_hashes_per_second: NonNegative | None = None
+    """Perceptual hashes of raw pictures that preprocess_data.py clusters, on one core; 0: no tables of duplicates."""
+
+    divide_samples_per_second: NonNegative | None = None
+    """Pictures and clips that preprocess_data.py reads per core to divide them; 0: nothing is held out."""
 
     tokenize_pictures_per_second: NonNegative | None = None
     """Pictures that tokenize_vision.py encodes per GPU."""
@@ -164,10 +170,20 @@ def make_plan(config: PlanConfig) -> Plan:
     for name, amount, unit, device, rate, scale in work:
         if amount and _needed(rates, rate):
             stages.append(_array(config, name, amount, unit, device, amount / (rates[rate] * scale) / 3600))
+    # What the first task of preprocess_data.py does once, for all of them, before documents are made.
+    once = [
+        ("cluster duplicates", config.pictures / config.kept_share, "hashes", "cluster_hashes_per_second", 1),
+        ("divide media", sum(media), "samples", "divide_samples_per_second", config.cores_per_task),
+    ]
+    place = next((n for n, stage in enumerate(stages) if stage.name.startswith("documents")), len(stages))
+    stages[place:place] = [
+        _single(name, amount, unit, amount / rates[rate] / 3600, cores)
+        for name, amount, unit, rate, cores in once
+        if amount and _needed(rates, rate)
+    ]
     if ids and _needed(rates, "merge_megabytes_per_second"):
         hours = ids * BYTES_PER_ID / (rates["merge_megabytes_per_second"] * 1e6) / 3600
-        stages.append(Stage(name="merge", amount=ids * BYTES_PER_ID, unit="bytes", device="core", device_hours=hours,
-                            array_size=1, task_hours=hours, hours=hours))  # fmt: skip
+        stages.append(_single("merge", ids * BYTES_PER_ID, "bytes", hours, 1))
     documents = media_documents + texts
     spans = (config.pictures + config.clips * config.clip_frames) * config.documents_per_sample
     datasets = ids * BYTES_PER_ID + documents * (INDEX + 1 + 8 + 8 + config.key_bytes) + spans * 8
@@ -189,6 +205,15 @@ def _array(config: PlanConfig, name: str, amount: float, unit: str, device: str,
     return Stage(
         name=name, amount=amount, unit=unit, device=device, device_hours=device_hours, array_size=size,
         task_hours=task_hours, hours=math.ceil(size / config.tasks_at_once) * task_hours,
+    )  # fmt: skip
+
+
+def _single(name: str, amount: float, unit: str, core_hours: float, cores: int) -> Stage:
+    """A stage of one task, which uses so many cores."""
+    hours = core_hours / cores
+    return Stage(
+        name=name, amount=amount, unit=unit, device="core", device_hours=core_hours, array_size=1, task_hours=hours,
+        hours=hours,
     )  # fmt: skip
 
 
@@ -218,6 +243,8 @@ def _needed(rates: Mapping[str, float | None], name: str) -> bool:
 def _read_rates(config: PlanConfig) -> dict[str, float | None]:
     given = {
         "filter_pictures_per_second": config.filter_pictures_per_second,
+        "cluster_hashes_per_second": config.cluster_hashes_per_second,
+        "divide_samples_per_second": config.divide_samples_per_second,
         "tokenize_pictures_per_second": config.tokenize_pictures_per_second,
         "tokenize_clips_per_second": config.tokenize_clips_per_second,
         "ids_per_second": config.ids_per_second,
@@ -227,7 +254,7 @@ def _read_rates(config: PlanConfig) -> dict[str, float | None]:
     measured: dict[str, float] = {}
     for path in config.rates:
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json(Path(path).read_bytes())
             measured |= {name: float(content[name]) for name in given if name in content}
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"rates: cannot read {path} ({error}): give JSON files with measured rates") from None

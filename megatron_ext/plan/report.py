@@ -10,6 +10,7 @@ from megatron_ext.config.errors import InputError
 from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan.job import USABLE_SHARE, Plan, plan_job
 from megatron_ext.plan.question import Question
@@ -121,8 +122,7 @@ def _memory(config: RunConfig, plan: Plan, question: Question) -> Table:
     memory = plan.memory
     table = Table("memory of a rank", "GiB", "", box=None, header_style="bold", padding=(0, 2, 0, 0))
     table.columns[1].justify = "right"
-    precision = config.runtime.precision
-    table.add_row("weights", _gib(memory.weights), precision)
+    table.add_row("weights", _gib(memory.weights), _precision(config.runtime, plan))
     table.add_row("gradients", _gib(memory.gradients), "fp32")
     table.add_row("optimizer", _gib(memory.optimizer), "fp32, sharded over data x context")
     table.add_row("activations", _gib(memory.activations), "kept by the forward pass of a microbatch")
@@ -137,6 +137,14 @@ def _memory(config: RunConfig, plan: Plan, question: Question) -> Table:
     peak = f"[bold]{_gib(memory.peak)}[/bold]"
     table.add_row("[bold]peak[/bold]", peak, f"{verdict} into {_usable(question)}{advice}")
     return table
+
+
+def _precision(runtime: RuntimeConfig, plan: Plan) -> str:
+    if runtime.precision != "auto":
+        return plan.precision
+    if runtime.device != "cpu":
+        return f"{plan.precision} (auto on a GPU)"
+    return f"{plan.precision} (auto: bf16 where the CPU multiplies it, else fp32; this one takes more)"
 
 
 def _usable(question: Question) -> str:

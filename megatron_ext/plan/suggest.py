@@ -44,6 +44,7 @@ def suggest_layouts(config: RunConfig, plan: Plan, question: Question) -> list[L
     """
     if config.runtime.device == "cpu":
         raise InputError("--suggest ranks layouts of GPUs, and runtime.device is cpu: set it to cuda")
+    config = config.computing_in(plan.precision)
     incurable = broken_rules(_laid_out(config, tensor=1, context=1, recomputed=0), 1)
     found = []
     for tensor, context in _sizes(question.world_size):

@@ -42,6 +42,11 @@ def bind(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """While it is open, networks with fp32 weights compute in `precision`: fp32 or bf16."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=PRECISIONS[precision] == torch.bfloat16)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait for queued kernels, so that a clock read afterwards is honest. Nothing is queued on a CPU."""
     if device.type == "cuda":

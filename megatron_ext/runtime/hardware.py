@@ -20,20 +20,26 @@ def describe_hardware() -> dict[str, Any]:
     Asks the driver's own program: torch would start a context on a GPU, also for a run that uses none.
     """
     return {
-        "cpu": _cpu_name(),
+        "cpu": _cpu_info("model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
         "gpus": _gpus(),
     }
 
 
-def _cpu_name() -> str:
+def cpu_flags() -> frozenset[str]:
+    """What the CPU can do, in the names of /proc/cpuinfo; empty where that does not say."""
+    return frozenset(_cpu_info("flags").split())
+
+
+def _cpu_info(field: str) -> str:
+    """The field of the first processor in /proc/cpuinfo; empty where it is not there."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return ""
+    named = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in named if name.strip() == field), "")
 
 
 def _gpus() -> list[str]:

@@ -31,6 +31,7 @@ from megatron_ext.runtime.device import (
     set_threads,
 )
 from megatron_ext.runtime.meeting import meet
+from megatron_ext.runtime.precision import Precision, settle_precision
 
 BROADCAST_BYTES = 1 << 28
 """Sent at once of a large array: below the 32-bit lengths that a backend may count in."""
@@ -42,6 +43,9 @@ class Topology:
     fetches groups."""
 
     device: torch.device
+    precision: Precision
+    """In what to compute: runtime.precision, settled."""
+
     dtype: torch.dtype
     """Type of weights and activations."""
 
@@ -91,10 +95,7 @@ class Topology:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+        return _broadcast(value)
 
     def broadcast_large(self, value: Any) -> Any:
         """`broadcast` of what is mostly numpy arrays: they are sent from where they lie and received where they stay,
@@ -112,16 +113,7 @@ class Topology:
 
     def from_main(self, compute: Callable[[], Any]) -> Any:
         """What `compute()` returns on rank 0, on every rank; an InputError or OSError of it is raised on every rank."""
-        outcome = None
-        if self.is_main:
-            try:
-                outcome = compute()
-            except (InputError, OSError) as error:
-                outcome = error
-        outcome = self.broadcast(outcome)
-        if isinstance(outcome, InputError | OSError):
-            raise outcome
-        return outcome
+        return _from_main(compute)
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's `value` in rank order, on rank 0; None elsewhere."""
@@ -140,14 +132,19 @@ class Topology:
         return bool(seen.item())
 
     @staticmethod
-    def start(runtime: RuntimeConfig, parallel: ParallelConfig) -> contextlib.AbstractContextManager["Topology"]:
+    def start(
+        runtime: RuntimeConfig, parallel: ParallelConfig, *, begun_in: Callable[[], str | None] = lambda: None
+    ) -> contextlib.AbstractContextManager["Topology"]:
         """Join the ranks that torchrun started (one process without it) and lay the parallel axes over them.
+
+        Rank 0 settles runtime.precision for all: `begun_in()` is what the run to go on with computes in, None for a
+        new one.
 
         Raises:
             InputError: the parallel sizes do not divide the world size, or the device is not to be had.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        return _laid_out(runtime, parallel, rank, world_size)
+        return _laid_out(runtime, parallel, rank, world_size, begun_in)
 
     @staticmethod
     def alone(runtime: RuntimeConfig) -> contextlib.AbstractContextManager["Topology"]:
@@ -160,7 +157,13 @@ class Topology:
 
 
 @contextlib.contextmanager
-def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world_size: int) -> Iterator[Topology]:
+def _laid_out(
+    runtime: RuntimeConfig,
+    parallel: ParallelConfig,
+    rank: int,
+    world_size: int,
+    begun_in: Callable[[], str | None] = lambda: None,
+) -> Iterator[Topology]:
     stop_with_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -180,7 +183,8 @@ def _laid_out(runtime: RuntimeConfig, parallel: ParallelConfig, rank: int, world
             context_parallel_size=parallel.context_parallel_size,
             distributed_timeout_minutes=runtime.distributed_timeout_s / 60,
         )
-        yield _describe(runtime, device)
+        precision = _from_main(lambda: settle_precision(runtime.precision, device, begun_in=begun_in))
+        yield _describe(runtime, device, precision)
         # gloo aborts the process when a peer is gone before its last message was read: leave together.
         dist.barrier()
     finally:
@@ -214,12 +218,33 @@ def _join(runtime: RuntimeConfig, device: torch.device, rank: int, world_size: i
     dist.init_process_group(backend_for(device), timeout=timeout, **where)
 
 
-def _describe(runtime: RuntimeConfig, device: torch.device) -> Topology:
+def _broadcast(value: Any) -> Any:
+    values = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _from_main(compute: Callable[[], Any]) -> Any:
+    outcome = None
+    if dist.get_rank() == 0:
+        try:
+            outcome = compute()
+        except (InputError, OSError) as error:
+            outcome = error
+    outcome = _broadcast(outcome)
+    if isinstance(outcome, InputError | OSError):
+        raise outcome
+    return outcome
+
+
+def _describe(runtime: RuntimeConfig, device: torch.device, precision: Precision) -> Topology:
     groups = ProcessGroupCollection.use_mpu_process_groups()
     return Topology(
         device=device,
-        dtype=PRECISIONS[runtime.precision],
-        fp8_recipe=runtime.fp8_recipe if runtime.precision == "fp8" else None,
+        precision=precision,
+        dtype=PRECISIONS[precision.name],
+        fp8_recipe=runtime.fp8_recipe if precision.name == "fp8" else None,
         deterministic=runtime.deterministic,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),

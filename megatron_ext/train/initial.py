@@ -20,6 +20,7 @@ def resume_or_init(
             where `checkpoint.init_optimizer` asks for them; the disk has no room for the run's checkpoints.
     """
     checkpoint.check_room()
+    checkpoint.check_format(section.optimizer_format)
     saved = checkpoint.load_latest()
     if saved is not None:
         return TrainState.from_dict(saved)

@@ -177,9 +177,8 @@ class Trainer:
                 f"step {state.step + 1} is bad and there is no checkpoint to rewind to: set resilience.on_bad_step to "
                 "skip, or save earlier (checkpoint.save_interval)"
             )
-        before = TrainState.from_dict(saved)
         begin = end - self.resilience.pass_over_batches * self.train.batch_size_after(state.consumed_samples)
-        rewound = before.pass_over(max(begin, before.consumed_samples), end)
+        rewound = state.rewind(TrainState.from_dict(saved), begin, end)
         self.run.forget_after(rewound.step)
         self.run.log_event("rewind", step=rewound.step, passed_over=[list(pair) for pair in rewound.passed_over])
         return rewound
@@ -259,8 +258,8 @@ class Trainer:
                 outcome = self._finish_save()
         if self.checkpoint.saved_step != state.step:
             raise InputError(
-                f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): make room "
-                "or check permissions, and start the run again; it goes on from its last checkpoint"
+                f"step {state.step} could not be saved in {self.checkpoint.store.root} ({outcome.failure}): mend that "
+                "(room, permissions, a device), and start the run again; it goes on from its last checkpoint"
             )
 
     def _finish_save(self) -> SaveOutcome | None:

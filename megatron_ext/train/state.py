@@ -52,9 +52,12 @@ class TrainState:
         """The state with other measurements of the last good steps."""
         return dataclasses.replace(self, measured=measured)
 
-    def pass_over(self, begin: int, end: int) -> "TrainState":
-        """The state that will leave out the samples [begin, end) too."""
-        return dataclasses.replace(self, passed_over=tuple(sorted((*self.passed_over, (begin, end)))))
+    def rewind(self, saved: "TrainState", begin: int, end: int) -> "TrainState":
+        """The earlier state `saved`, which from now on leaves out the samples [begin, end) as well as all that this one
+        leaves out: what was found since it was saved would be met again."""
+        ahead = {(first, last) for first, last in self.passed_over if last > saved.consumed_samples}
+        found = (max(begin, saved.consumed_samples), end)
+        return dataclasses.replace(saved, passed_over=tuple(sorted({*saved.passed_over, *ahead, found})))
 
     def past_the_passed_over(self) -> "TrainState":
         """The state at the next sample that is trained on."""

@@ -25,7 +25,7 @@ from megatron_ext.model import Emu3Model, build_model
 from megatron_ext.model.initialize import VOCABULARY, shard
 from megatron_ext.objectives import build_objective
 from megatron_ext.observe.progress import progress
-from megatron_ext.optim import build_optimizer
+from megatron_ext.optim import Bucket, build_optimizer, gradient_buckets
 from megatron_ext.plan import DecoderShape
 from megatron_ext.runtime import Topology, check_layout
 from megatron_ext.train.step import MicrobatchRunner
@@ -33,6 +33,9 @@ from megatron_ext.vocab import VocabLayout
 
 TOKENS_PER_RANK = 64
 """Ids of a window that each rank keeps at least, where the user's windows have as many."""
+
+WIDTH = 128
+"""Of the narrowed decoder, at most."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Verification:
     """The narrowed configuration that was trained."""
 
     device: str
+    buckets: tuple[Bucket, ...]
+    """In which gradients were reduced."""
+
     comparisons: list[Comparison]
 
     @property
@@ -98,14 +104,16 @@ class Trajectory:
     """Parameters as this rank holds them, fp32 on the CPU."""
 
     decoder: Emu3Model
+    buckets: tuple[Bucket, ...]
 
 
 def narrow(config: RunConfig, world_size: int, steps: int) -> RunConfig:
     """The configuration with few and narrow layers, short windows and small batches.
 
     Kept: the layout and everything else of `parallel`, `runtime`, `vocab`, `objective` and `data`; the heads' width and
-    grouping; gradient accumulation and rows of several windows, where there are any. Dropout is off, since its masks
-    belong to ranks, and the learning rate constant and large, so that a wrong gradient shows in the weights.
+    grouping; gradient accumulation and rows of several windows, where there are any. Gradients that are reduced in
+    buckets still are, in many, some padded. Dropout is off, since its masks belong to ranks, and the learning rate
+    constant and large, so that a wrong gradient shows in the weights.
     """
     shape, parallel = DecoderShape.of(config.model), config.parallel
     tensor = parallel.tensor_model_parallel_size
@@ -115,11 +123,14 @@ def narrow(config: RunConfig, world_size: int, steps: int) -> RunConfig:
     if parallel.recompute_num_layers is not None:
         recomputed = min(parallel.recompute_num_layers, layers)
         parallel = dataclasses.replace(parallel, recompute_num_layers=recomputed)
+    width = WIDTH
+    if parallel.overlap_grad_reduce:  # a bucket for each parameter; those of the norms are padded to 128
+        parallel, width = dataclasses.replace(parallel, bucket_size=1), 3 * WIDTH // 4
     model = dataclasses.replace(
         config.model,
         num_layers=layers,
-        hidden_size=min(shape.hidden_size, 128),
-        ffn_hidden_size=_fewer(shape.ffn_hidden_size, tensor, 128),
+        hidden_size=min(shape.hidden_size, width),
+        ffn_hidden_size=_fewer(shape.ffn_hidden_size, tensor, WIDTH),
         num_query_groups=groups,
         num_attention_heads=groups * min(shape.num_attention_heads // shape.num_query_groups, 2),
         attention_dropout=0.0,
@@ -169,12 +180,15 @@ def verify(config: RunConfig, world_size: int, steps: int, layout: VocabLayout, 
     Raises:
         InputError: a precision whose rounding is too coarse to compare, or a layout that cannot be.
     """
-    if config.runtime.precision not in BOUNDS:
+    if config.runtime.precision not in (*BOUNDS, "auto"):
         raise InputError(
             f"runtime.precision {config.runtime.precision} rounds so coarsely that a wrong layout would not show: "
             "verify with --runtime.precision bf16, the layout is the same"
         )
     check_layout(config.parallel, world_size)
+    if config.runtime.precision == "auto":  # rank 0 settles it, for the process alone as well
+        with Topology.start(config.runtime, config.parallel) as topology:
+            config = config.computing_in(topology.precision.name)
     small = narrow(config, world_size, steps)
     with Topology.alone(small.runtime) as topology:
         plain = dataclasses.replace(small, parallel=ParallelConfig())
@@ -187,7 +201,7 @@ def verify(config: RunConfig, world_size: int, steps: int, layout: VocabLayout, 
             mine = _train(dropping, layout, topology, "with dropout", console)
         found["replicas"] = _replicas_differ(mine, topology)
         bounds = BOUNDS[config.runtime.precision]
-        return Verification(small, topology.device.type, _worst(found, bounds, topology))
+        return Verification(small, topology.device.type, mine.buckets, _worst(found, bounds, topology))
 
 
 def _with_dropout(small: RunConfig, config: RunConfig) -> RunConfig:
@@ -217,7 +231,7 @@ def _train(config: RunConfig, layout: VocabLayout, topology: Topology, label: st
             history.append({**losses, "grad_norm": optimizer.step(step + 1).grad_norm})
             advance(1)
     optimizer.gather_weights()
-    return Trajectory(history, initial, _weights(decoder), decoder)
+    return Trajectory(history, initial, _weights(decoder), decoder, gradient_buckets(optimizer.model))
 
 
 def _weights(decoder: Emu3Model) -> dict[str, Tensor]:

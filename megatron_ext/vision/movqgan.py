@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from megatron_ext.config import InputError, as_dict
 from megatron_ext.config.section import Bound, Count, Number, Section
+from megatron_ext.runtime.arithmetic import full_fp32
 from megatron_ext.vision.blocks import (
     NUM_GROUPS,
     AttentionBlock,
@@ -38,6 +39,9 @@ from megatron_ext.vision.quantizer import QuantizerName, build_quantizer
 
 PREPROCESSING = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": "bicubic", "clips": "chunks"}
 """What turns a picture of any size into the network's input and a clip into calls: part of a tokenizer's identity."""
+
+ARITHMETIC = {"products": "fp32", "variance": "two passes"}
+"""How codes are computed on every device, part of the identity too: TF32 or E[x^2] - E[x]^2 give other codes."""
 
 PIXELS_AT_ONCE = {"cpu": 1 << 16, "other": 1 << 20}
 """Pixels that go through a 2D network together where no gradient is wanted; frames are independent there. One frame of
@@ -289,7 +293,7 @@ class MoVQGAN(nn.Module):
 
     def _digest(self, tensors: dict[str, Tensor]) -> str:
         digest = hashlib.sha256()
-        digest.update(json.dumps([self.config.fields(), PREPROCESSING], sort_keys=True).encode())
+        digest.update(json.dumps([self.config.fields(), PREPROCESSING, ARITHMETIC], sort_keys=True).encode())
         for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -327,15 +331,12 @@ class MoVQGAN(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes, int64: pictures [B, C, H, W] -> [B, h, w]; clips [B, T, C, H, W] -> [B, t, h, w]."""
-        codes_Bthw = self.quantize.assign(self.latents(pixels))
-        return codes_Bthw.squeeze(1) if pixels.ndim == 4 else codes_Bthw
+        return self._codes(pixels).squeeze(1) if pixels.ndim == 4 else self._codes(pixels)
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Pixels: codes [B, h, w] -> pictures [B, C, H, W]; codes [B, t, h, w] -> clips [B, T, C, H, W]."""
-        if codes.ndim == 3:
-            return self.render_first_frame(self.quantize.lookup(codes.unsqueeze(1)))
-        return self.render(self.quantize.lookup(codes))
+        return self._pixels(codes)
 
     @torch.no_grad()
     def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -350,14 +351,14 @@ class MoVQGAN(nn.Module):
         for pixels_BTCHW in pieces:
             if pixels_BTCHW.ndim != 5:
                 raise InputError(f"piece of shape {tuple(pixels_BTCHW.shape)}: must be a clip [B, T, C, H, W]")
-            yield self.quantize.assign(self.latents(pixels_BTCHW, past))
+            yield self._codes(pixels_BTCHW, past)
 
     @torch.no_grad()
     def decode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Clips [B, T, C, H, W] of the codes [B, t, h, w] of each piece: together `decode` of all codes."""
         past: Past = {}
         for codes_Bthw in pieces:
-            yield self.render(self.quantize.lookup(codes_Bthw), past)
+            yield self._pixels(codes_Bthw, past)
 
     def encode_chunks(self, pixels_BTCHW: Tensor) -> Tensor:
         """Codes [B, t, h, w] of clips, each group of temporal_downsample_factor frames on its own.
@@ -371,6 +372,16 @@ class MoVQGAN(nn.Module):
     def decode_chunks(self, codes_Bthw: Tensor) -> Tensor:
         """Clips [B, T, C, H, W] of codes made by `encode_chunks`."""
         return torch.cat([self.decode(codes) for codes in codes_Bthw.split(1, dim=1)], dim=1)
+
+    @full_fp32()
+    def _codes(self, pixels: Tensor, past: Past | None = None) -> Tensor:
+        return self.quantize.assign(self.latents(pixels, past))
+
+    @full_fp32()
+    def _pixels(self, codes: Tensor, past: Past | None = None) -> Tensor:
+        if codes.ndim == 3:
+            return self.render_first_frame(self.quantize.lookup(codes.unsqueeze(1)))
+        return self.render(self.quantize.lookup(codes), past)
 
     def _decoded_in_time(self, quantized_BDthw: Tensor, past: Past | None = None) -> tuple[Tensor, Tensor]:
         """Latent and condition after the temporal layers, which take both as one batch (batch norm sees both)."""

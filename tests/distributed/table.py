@@ -6,37 +6,37 @@ from typing import Any
 
 # Written by a greedy search for the fewest rows: 10 layouts x 3 ways to recompute (or to overlap) need 30.
 TABLE = """
-tp  cp  dp  sp  scope     accumulation  recompute  overlap  norm
-1   1   1   -   document  1             full       both     qk
-1   1   1   -   window    4             none       grads    -
-1   1   1   -   document  1             selective  none     -
-2   1   1   -   window    4             full       grads    qk
-2   1   1   sp  document  1             none       none     -
-2   1   1   sp  window    4             selective  both     qk
-1   2   1   -   window    4             selective  none     -
-1   2   1   -   document  1             full       grads    qk
-1   2   1   -   document  1             none       both     qk
-1   1   2   -   document  4             selective  both     qk
-1   1   2   -   window    1             none       grads    -
-1   1   2   -   window    4             full       none     -
-4   1   1   -   window    4             full       grads    -
-4   1   1   sp  window    1             selective  none     qk
-4   1   1   sp  document  4             none       both     qk
-1   4   1   -   window    4             none       none     qk
-1   4   1   -   document  1             full       both     -
-1   4   1   -   document  1             selective  grads    qk
-1   1   4   -   document  1             full       none     qk
-1   1   4   -   window    4             none       grads    -
-1   1   4   -   window    1             selective  both     -
-2   2   1   -   window    1             selective  none     qk
-2   2   1   sp  document  4             none       grads    -
-2   2   1   sp  document  1             full       both     qk
-2   1   2   -   window    1             none       both     -
-2   1   2   sp  window    1             selective  grads    qk
-2   1   2   sp  document  4             full       none     -
-1   2   2   -   window    1             none       both     -
-1   2   2   -   document  4             full       grads    qk
-1   2   2   -   window    4             selective  none     -
+tp  cp  dp  sp  scope     accumulation  recompute  overlap  norm  buckets
+1   1   1   -   document  1             full       both     qk    several
+1   1   1   -   window    4             none       grads    -     several
+1   1   1   -   document  1             selective  none     -     one
+2   1   1   -   window    4             full       grads    qk    several
+2   1   1   sp  document  1             none       none     -     one
+2   1   1   sp  window    4             selective  both     qk    several
+1   2   1   -   window    4             selective  none     -     one
+1   2   1   -   document  1             full       grads    qk    several
+1   2   1   -   document  1             none       both     qk    several
+1   1   2   -   document  4             selective  both     qk    several
+1   1   2   -   window    1             none       grads    -     one
+1   1   2   -   window    4             full       none     -     one
+4   1   1   -   window    4             full       grads    -     several
+4   1   1   sp  window    1             selective  none     qk    one
+4   1   1   sp  document  4             none       both     qk    several
+1   4   1   -   window    4             none       none     qk    one
+1   4   1   -   document  1             full       both     -     several
+1   4   1   -   document  1             selective  grads    qk    several
+1   1   4   -   document  1             full       none     qk    one
+1   1   4   -   window    4             none       grads    -     several
+1   1   4   -   window    1             selective  both     -     several
+2   2   1   -   window    1             selective  none     qk    one
+2   2   1   sp  document  4             none       grads    -     several
+2   2   1   sp  document  1             full       both     qk    several
+2   1   2   -   window    1             none       both     -     several
+2   1   2   sp  window    1             selective  grads    qk    several
+2   1   2   sp  document  4             full       none     -     one
+1   2   2   -   window    1             none       both     -     one
+1   2   2   -   document  4             full       grads    qk    several
+1   2   2   -   window    4             selective  none     -     one
 """
 
 SEQUENCE_PARALLEL = {"-": False, "sp": True}
@@ -51,6 +51,8 @@ OVERLAP = {
     "both": {"overlap_grad_reduce": True, "overlap_param_gather": True},
 }
 NORM = {"-": {}, "qk": {"qk_layernorm": True}}
+BUCKETS = {"one": {}, "several": {"bucket_size": 1000}}
+"""Gradients are reduced in: several buckets are padded on every layout."""
 
 GLOBAL_BATCH = 16
 """Windows of a step: divides into 1 and into 4 microbatches at data-parallel size 1, 2 and 4."""
@@ -66,6 +68,7 @@ FACTORS = {
     "recompute": tuple(RECOMPUTE),
     "overlap": tuple(OVERLAP),
     "norm": tuple(NORM),
+    "buckets": tuple(BUCKETS),
 }  # fmt: skip
 """What is combined. `layout` is (tensor, context, data) parallel size."""
 
@@ -81,6 +84,7 @@ class Case:
     recompute: str
     overlap: str
     norm: str
+    buckets: str
 
     def __str__(self) -> str:
         sizes = "tp{}-cp{}-dp{}".format(*self.layout)
@@ -105,6 +109,7 @@ class Case:
             | {"sequence_parallel": SEQUENCE_PARALLEL[self.sp]}
             | RECOMPUTE[self.recompute]
             | OVERLAP[self.overlap]
+            | BUCKETS[self.buckets]
         )
 
     def micro_batch_size(self) -> int:
@@ -122,5 +127,6 @@ def cases() -> tuple[Case, ...]:
 
 
 def is_possible(case: Case) -> bool:
-    """Without a tensor axis there is nothing for sequence parallelism to split along."""
-    return case.sp == "-" or case.layout[0] > 1
+    """Without a tensor axis there is nothing for sequence parallelism to split along; gradients that are reduced at the
+    end are so at once."""
+    return (case.sp == "-" or case.layout[0] > 1) and (case.buckets == "one" or case.overlap != "none")

@@ -32,8 +32,11 @@ def seeds(ranks, tmp_path_factory):
     """Checkpoint folders, with and without QK norm, of which every training is the continuation: one process wrote
     weights, moments and norms that are no longer ones."""
     folders = {norm: str(tmp_path_factory.mktemp("seed")) for norm in table.NORM}
+    several = table.OVERLAP["grads"] | table.BUCKETS["several"]
     ranks.run(
-        walk, 1, [({}, options("document", norm) | {"steps": SEED_STEPS, "folder": f}) for norm, f in folders.items()]
+        walk,
+        1,
+        [(several, options("document", norm) | {"steps": SEED_STEPS, "folder": f}) for norm, f in folders.items()],
     )
     return folders
 

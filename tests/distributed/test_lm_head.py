@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support.distributed import run_distributed, use_next_store
+from tests.support.distributed import use_next_store
 
 TOKENS, HIDDEN, VOCABULARY = 24, 16, 515
 """515 ids are padded to 640, 768 and 1,024 rows at tensor size 1, 2 and 4; there the last rank has padding only."""
@@ -116,8 +116,8 @@ def plain_loss(head, hidden_SBH, labels_T, real_rows):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def results(request):
-    return request.param, run_distributed(heads, request.param, CASES[request.param])
+def results(ranks, request):
+    return request.param, ranks.run(heads, request.param, CASES[request.param])
 
 
 # Measured, relative to the largest entry: losses 8e-8, gradients 1.1e-6 in fp32; in bf16 gradients 6e-3, one

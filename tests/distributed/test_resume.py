@@ -1,7 +1,8 @@
 """A resumed training is the uninterrupted one: bit for bit on the same layout, within rounding on another; and what
-a save that goes on in the background may meet.
+a save that goes on in the background may meet. All with several padded gradient buckets, as real jobs have.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -12,34 +13,39 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import CheckpointConfig
-from tests.support.distributed import run_distributed
+from tests.support.decoding import assert_several_padded
 from tests.support.training import training
 
-TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-CP2 = {"context_parallel_size": 2}
+BUCKETS = {"overlap_grad_reduce": True, "bucket_size": 2000}
+TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True} | BUCKETS
+CP2 = {"context_parallel_size": 2} | BUCKETS
+DP2 = BUCKETS
+ONE_BUCKET: dict = {}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
+def one(ranks, tmp_path_factory):
     """What `alone` returns."""
-    return run_distributed(alone, 1, tmp_path_factory.mktemp("one"))[0]
+    return ranks.run(alone, 1, tmp_path_factory.mktemp("one"))[0]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
+def two(ranks, tmp_path_factory):
     """What `together` returns, of both ranks."""
-    return run_distributed(together, 2, tmp_path_factory.mktemp("two"))
+    return ranks.run(together, 2, tmp_path_factory.mktemp("two"))
 
 
-def straight_and_resumed(folder, steps, pause, **options):
-    with training(folder / "unused", **options) as run:
-        straight = run.steps(0, steps)
-    with training(folder, **options) as run:
-        first = run.steps(0, pause)
+def straight_and_resumed(folder, steps, pause, parallel=BUCKETS, **options):
+    """Losses and gradient norms of both, and whether both ended with the same weights, master weights and moments."""
+    with training(folder, parallel, **options) as run:
+        assert_several_padded(run.optimizer)
+        straight = run.steps(0, pause)
         run.checkpoint.save(pause, {"step": pause})
-    with training(folder, **options) as run:
-        state = run.checkpoint.load_latest()
-        return straight, first + run.steps(state["step"], steps)
+        straight += run.steps(pause, steps)
+        expected = run.copies()
+    with training(folder, parallel, **options) as run:
+        resumed = straight[:pause] + run.steps(run.checkpoint.load_latest()["step"], steps)
+        return straight, resumed, all(map(torch.equal, run.copies(), expected))
 
 
 def alone(folder: Path) -> dict:
@@ -55,9 +61,9 @@ def alone(folder: Path) -> dict:
     found["format 1"] = resumed_from_format_1(folder / "fp32-fully_reshardable")
     found["straight"], found["weights"] = straight_weights(folder)
     found["without moments"] = init_optimizer_refusals(folder / "init")
-    repair, decoder.unshare_adam_steps = decoder.unshare_adam_steps, lambda optimizer: None
-    found["shared step"] = straight_and_resumed(folder / "broken", 5, 2)
-    decoder.unshare_adam_steps = repair
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "unshare_adam_steps", lambda optimizer: None)
+        found["shared step"] = straight_and_resumed(folder / "broken", 5, 2)
     return found
 
 
@@ -68,15 +74,13 @@ def straight_weights(folder):
 
 def resumed_from_format_1(folder):
     """The checkpoint of step 3 with the manifest that the first version would have written."""
-    import json
-
     path = folder / "checkpoints" / "step_00000003" / "manifest.json"
     manifest = json.loads(path.read_text())
-    for name in ("layout", "optimizer_format"):
+    for name in ("layout", "optimizer_format", "gradient_buckets"):
         del manifest["metadata"][name]
     manifest["files"] = {name: record["bytes"] for name, record in manifest["files"].items()}
     path.write_text(json.dumps({**manifest, "format_version": 1}))
-    with training(folder) as run:
+    with training(folder, BUCKETS) as run:
         return run.steps(run.checkpoint.load_latest()["step"], 6)
 
 
@@ -108,18 +112,31 @@ def test_moments_are_taken_only_from_what_has_them(one):
 @pytest.mark.parametrize("optimizer_format", ["fully_reshardable", "dp_reshardable"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_is_bitwise_on_the_same_layout(one, precision, optimizer_format):
-    straight, resumed = one[f"{precision}-{optimizer_format}"]
+    straight, resumed, same_state = one[f"{precision}-{optimizer_format}"]
     assert resumed == straight
+    assert same_state
+
+
+def test_a_save_does_not_disturb_the_training(one):
+    straight, *_ = one["fp32-fully_reshardable"]
+    assert straight == one["straight"]
+
+
+@pytest.mark.parametrize("case", ["DP 2", "DP 2, dp_reshardable", "CP 2", "TP 2"])
+def test_resume_is_bitwise_on_two_ranks(two, case):
+    for straight, resumed, same_state in (rank["same"][case] for rank in two):
+        assert resumed == straight
+        assert same_state
 
 
 def test_a_checkpoint_of_format_1_is_resumed(one):
-    straight, _ = one["fp32-fully_reshardable"]
+    straight, *_ = one["fp32-fully_reshardable"]
     assert one["format 1"] == straight[3:]
 
 
 def test_shared_adam_step_would_be_caught(one):
     """megatron-core loads one `step` tensor for all parameters; without our repair the resumed training differs."""
-    straight, broken = one["shared step"]
+    straight, broken, _ = one["shared step"]
     # The wrong step first acts in the update of step 3, so the loss of step 4 is the first to show it.
     assert broken[2]["loss"] == straight[2]["loss"]
     assert abs(broken[4]["loss"] - straight[4]["loss"]) > 1e-4
@@ -128,10 +145,20 @@ def test_shared_adam_step_would_be_caught(one):
 def together(folder: Path) -> dict:
     """Two processes: resumes across layouts, stage 1 to stage 2, and saves that go wrong."""
     found = {"moved": moved(folder / "moved"), "dp": moved_dp_reshardable(folder / "dp")}
+    found["same"] = {
+        "DP 2": straight_and_resumed(folder / "same_dp", 4, 2, DP2, precision="bf16"),
+        "DP 2, dp_reshardable": straight_and_resumed(folder / "same_local", 4, 2, optimizer_format="dp_reshardable"),
+        "CP 2": straight_and_resumed(folder / "same_cp", 4, 2, CP2, precision="bf16"),
+        "TP 2": straight_and_resumed(folder / "same_tp", 4, 2, TP2_SP),
+    }
     found["snapshots"] = [
         snapshot_is_kept(folder / f"snapshot{index}", **options)
         for index, options in enumerate(
-            ({"parallel": TP2_SP}, {"optimizer_format": "dp_reshardable"}, {"parallel": CP2, "precision": "bf16"})
+            (
+                {"parallel": TP2_SP},
+                {"parallel": DP2, "optimizer_format": "dp_reshardable"},
+                {"parallel": CP2, "precision": "bf16"},
+            )
         )
     ]
     found["stages"] = stages(folder / "stages")
@@ -141,14 +168,14 @@ def together(folder: Path) -> dict:
 
 
 def moved(folder):
-    """TP 2 to step 2, CP 2 to step 4, DP 2 to step 6."""
+    """TP 2 to step 2, CP 2 to step 4, DP 2 in one bucket to step 6."""
     with training(folder, TP2_SP) as run:
         run.steps(0, 2)
         run.checkpoint.save(2, {"step": 2})
     with training(folder, CP2) as run:
         run.steps(run.checkpoint.load_latest()["step"], 4)
         run.checkpoint.save(4, {"step": 4})
-    with training(folder) as run:
+    with training(folder, ONE_BUCKET) as run:
         return run.steps(run.checkpoint.load_latest()["step"], 6), run.weights()
 
 
@@ -162,28 +189,41 @@ def test_resume_on_other_layouts(one, two):
 
 
 def moved_dp_reshardable(folder):
-    """DP 2 to CP 2; TP 2 is refused; saved once fully reshardable, TP 2 opens it."""
-    with training(folder, optimizer_format="dp_reshardable") as run:
+    """DP 2 to CP 2; TP 2, other buckets and too small ones are refused; saved once fully reshardable, TP 2 opens it."""
+    from megatron_ext.train import resume_or_init
+
+    with training(folder, DP2, optimizer_format="dp_reshardable") as run:
         run.steps(0, 2)
         run.checkpoint.save(2, {"step": 2})
-    with training(folder, TP2_SP) as run, pytest.raises(InputError) as refusal:
-        run.checkpoint.load_latest()
+    refusals = []
+    for parallel in (TP2_SP, ONE_BUCKET, DP2 | {"bucket_size": 5000}):
+        with training(folder, parallel) as run, pytest.raises(InputError) as refusal:
+            run.checkpoint.load_latest()
+        refusals.append(str(refusal.value))
+    with training(folder / "unused", BUCKETS | {"bucket_size": 1}, optimizer_format="dp_reshardable") as run:
+        with pytest.raises(InputError) as refusal:
+            resume_or_init(run.checkpoint.section, run.checkpoint, run.optimizer, run.topology)
+    refusals.append(str(refusal.value))
     with training(folder, CP2) as run:
         run.checkpoint.load_latest()
         history = run.steps(2, 4)
         run.checkpoint.save(4, {"step": 4})
     with training(folder, TP2_SP) as run:
         run.checkpoint.load_latest()
-        return history + run.steps(4, 6), str(refusal.value)
+        return history + run.steps(4, 6), refusals
 
 
-def test_dp_reshardable_moves_along_data_and_context_and_is_refused_on_another_tensor_size(one, two):
-    for history, refusal in (rank["dp"] for rank in two):
+def test_dp_reshardable_moves_along_data_and_context_and_is_refused_in_other_parts(one, two):
+    for history, (refusal, *buckets, empty) in (rank["dp"] for rank in two):
         for step, expected in zip(history, one["straight"][2:], strict=True):
             assert step == pytest.approx(expected, rel=5e-6)  # measured 2e-7
         assert "step_00000002 was saved with checkpoint.optimizer_format dp_reshardable" in refusal
         assert "parallel.tensor_model_parallel_size 1, this run has 2: go on with 1" in refusal
-        assert "\n" not in refusal
+        for other, found in zip(buckets, ("1 (", "4 ("), strict=True):
+            assert f"in 7 gradient buckets (the first of 4,096 elements), this run has {found}" in other
+            assert "go on with its parallel.bucket_size and parallel.overlap_grad_reduce" in other
+        assert "a gradient bucket of 32 elements leaves a rank without a part of one: raise" in empty
+        assert not any("\n" in line for line in (refusal, *buckets, empty))
 
 
 def snapshot_is_kept(folder, **options):
@@ -234,7 +274,7 @@ def test_stage_2_begins_with_weights_and_if_asked_with_moments(two):
 def saves_that_are_hurt(folder):
     """One rank's writer is stopped, until the deadline; another is killed; then all is well."""
     # Fully reshardable, data rank 1 would have nothing to write.
-    options = {"optimizer_format": "dp_reshardable"}
+    options = {"optimizer_format": "dp_reshardable", "parallel": DP2}
     with training(folder, save_timeout_s=1.0, **options) as run:
         run.steps(0, 1)
         stuck = hurt_save(run, signal.SIGSTOP)
@@ -272,7 +312,7 @@ def test_a_writer_that_is_killed_or_stuck_costs_one_checkpoint(two):
 def flipped_byte(folder):
     """Each rank's refusal of a checkpoint with one changed byte, and of one of another model."""
     refusals = []
-    with training(folder) as run:
+    with training(folder, DP2) as run:
         path = folder / "checkpoints" / "step_00000002"
         if run.topology.is_main:
             shutil.copytree(path, path.with_name("step_00000001"), dirs_exist_ok=True)

@@ -46,14 +46,14 @@ def verify_all(cases: list[tuple[dict, dict]], world_size: int) -> list:
 
     found = []
     for parallel, changes in cases:
-        found.append(verify(config_of(parallel, changes), world_size, STEPS, LAYOUT, Console(quiet=True)).comparisons)
+        found.append(verify(config_of(parallel, changes), world_size, STEPS, LAYOUT, Console(quiet=True)))
         use_next_store()
     return found
 
 
 @pytest.fixture(scope="module")
 def verifications(request, ranks):
-    """Case -> comparisons of every rank, for the cases that this session selected."""
+    """Case -> Verification of every rank, for the cases that this session selected."""
     selected = {item.callspec.params["case"] for item in request.session.items if request.module is item.module}
     cases = [case for case in CASES if case in selected]
     by_rank = ranks.run(verify_all, 2, [CASES[case] for case in cases], 2)
@@ -62,7 +62,7 @@ def verifications(request, ranks):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_layout_that_agrees_is_verified(case, verifications):
-    here, there = verifications[case]
+    here, there = (found.comparisons for found in verifications[case])
     assert here == there, "every rank must come to the same verdict"
     assert not [comparison for comparison in here if not comparison.agrees]
     assert [comparison.quantity for comparison in here] == [
@@ -73,5 +73,11 @@ def test_a_layout_that_agrees_is_verified(case, verifications):
 @pytest.mark.parametrize("case", CASES)
 def test_something_was_compared(case, verifications):
     """Two layouts round differently: a difference of exactly zero everywhere would mean one was not trained."""
-    weights = next(comparison for comparison in verifications[case][0] if comparison.quantity == "weights")
+    weights = next(comparison for comparison in verifications[case][0].comparisons if comparison.quantity == "weights")
     assert weights.difference > 0
+
+
+@pytest.mark.parametrize("case", ["dp2_overlap"])
+def test_gradients_that_are_reduced_in_buckets_are_so_in_several_padded_ones(case, verifications):
+    buckets = verifications[case][0].buckets
+    assert len(buckets) >= 3 and sum(bucket.padded > bucket.elements for bucket in buckets[:-1]) >= 2

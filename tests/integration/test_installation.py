@@ -1,6 +1,8 @@
 """`pip install .` gives the programs: the wheel of this tree, unpacked elsewhere, run by its console scripts."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -9,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_ext.plan.question import Question
 from tests.architecture.source import ROOT
@@ -85,17 +88,51 @@ def test_the_extension_and_the_template_are_in_the_wheel(installed):
     assert not (installed / "tests").exists() and not (installed / "tools").exists()
 
 
-@pytest.mark.parametrize(("accelerator", "lock"), [("cuda", "constraints-cuda.txt"), ("cpu", "constraints-cpu.txt")])
-def test_the_environment_asked_for_is_made_on_any_machine(accelerator, lock, tmp_path):
-    """As on a login node, which has no GPU. Its pip ends at once: what matters is what it is asked for."""
-    pip = tmp_path / "bin" / "pip"
-    pip.parent.mkdir()
-    pip.write_text('#!/bin/sh\necho "$@"\nexit 3\n')
-    pip.chmod(0o755)
-    command = [str(ROOT / ".ci" / "install"), sys.executable, str(tmp_path), accelerator]
-    done = subprocess.run(command, capture_output=True, text=True)
-    torch = next(line for line in (ROOT / lock).read_text().splitlines() if line.startswith("torch=="))
-    assert done.returncode == 3 and done.stdout.splitlines()[-1].endswith(f"install --no-deps {torch}")
+CPU_BUILD = ["filelock", "sympy>=1.13.3"]
+CUDA_BUILD = [*CPU_BUILD, "nvidia-cudnn-cu13==9.20.0.48"]
+
+
+def install(folder: Path, needs: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    """`.ci/install` with a pip that knows one torch, which has these needs, and downloads nothing: it ends with 3."""
+    scripts = folder / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "python").symlink_to(sys.executable)
+    report = json.dumps({"install": [{"metadata": {"name": "torch", "requires_dist": needs}}]})
+    answer = f'case "$*" in *--dry-run*) echo \'{report}\' ;; *) echo "$@"; exit 3 ;; esac'
+    (scripts / "pip").write_text(f"#!/bin/sh\n{answer}\n")
+    (scripts / "pip").chmod(0o755)
+    command = [str(ROOT / ".ci" / "install"), sys.executable, str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("needs", "arguments", "lock"),
+    [
+        (CUDA_BUILD, ["cuda"], "constraints-cuda.txt"),
+        (CPU_BUILD, ["cpu"], "constraints-cpu.txt"),
+        (CPU_BUILD, ["cpu", "any"], "constraints-cpu.txt"),
+        (CUDA_BUILD, ["cpu", "any"], "constraints-cpu.txt"),
+    ],
+)
+def test_the_environment_asked_for_is_made_on_any_machine(needs, arguments, lock, tmp_path):
+    """As on a login node, which has no GPU. What matters is what pip is asked to install first."""
+    done = install(tmp_path, needs, *arguments)
+    pinned = next(line for line in (ROOT / lock).read_text().splitlines() if line.startswith("torch=="))
+    assert done.returncode == 3 and done.stdout.splitlines()[-1].endswith(f"install --no-deps {pinned}")
+
+
+def test_the_cuda_build_is_refused_before_it_is_downloaded(tmp_path):
+    done = install(tmp_path, CUDA_BUILD, "cpu")
+    assert done.returncode == 69 and done.stdout == ""
+    assert done.stderr.startswith("error: pip finds torch==") and done.stderr.count("\n") == 1
+    assert "make build TORCH=any" in done.stderr
+
+
+def test_a_torch_that_is_installed_is_asked_itself():
+    """pip's report names nothing to install then: this environment's own torch."""
+    asked = [sys.executable, str(ROOT / ".ci" / "cpu_torch.py")]
+    done = subprocess.run(asked, input='{"install": []}', capture_output=True, text=True)
+    assert done.returncode == (69 if torch.version.cuda else 0), done.stderr
 
 
 def test_another_accelerator_is_refused(tmp_path):
@@ -103,3 +140,21 @@ def test_another_accelerator_is_refused(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "error: ACCELERATOR is 'tpu': give cpu, cuda or auto\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_another_build_is_refused(tmp_path):
+    command = [str(ROOT / ".ci" / "install"), sys.executable, str(tmp_path), "cpu", "gpu"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "error: TORCH is 'gpu': give cpu or any\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_pythons_that_are_not_there_are_named(tmp_path):
+    for tool in ("bash", "env", "dirname"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    environment = {"PATH": str(tmp_path), "PYENV_ROOT": str(tmp_path)}
+    done = subprocess.run([str(ROOT / ".ci" / "other_pythons")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "".join(
+        f"Python {version} is not on this machine: its tests are left out\n" for version in ("3.12", "3.13")
+    )

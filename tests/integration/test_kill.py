@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ext.checkpoint import latest_checkpoint, read_metadata
 from megatron_ext.files import read_json_lines
 from tests.soak import plan
 from tests.soak.__main__ import Soak, carry_out
@@ -50,6 +51,8 @@ def test_a_run_that_was_killed_six_times_is_the_undisturbed_one_bit_for_bit(soak
     checkpoints = soak.run / "checkpoints"
     assert (checkpoints / "latest").read_text() == f"step_{soak.steps:08d}\n"
     assert len(list(checkpoints.iterdir())) == 3, "two checkpoints and `latest`: nothing of the killed attempts is left"
+    buckets = read_metadata(latest_checkpoint(checkpoints))["gradient_buckets"]
+    assert len(buckets) >= 3 and sum(elements % 128 > 0 for elements in buckets[:-1]) >= 2, "padded to 128"
 
 
 def test_every_kill_was_one(soak):

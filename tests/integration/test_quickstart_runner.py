@@ -36,7 +36,6 @@ def stage(name: str, *, config: str = "a.yaml", inputs: tuple[str, ...] = ()) ->
         command=(sys.executable, "-c", APPEND, name[0], name, config),
         inputs=inputs,
         outputs=(name,),
-        expected_s=1,
     )
 
 
@@ -81,14 +80,55 @@ def test_a_change_runs_the_stage_and_all_after_it_from_scratch(change):
 
 
 def test_a_failed_stage_is_named_and_runs_again():
-    failing = quickstart.Stage(
-        name="bad", says="fail", command=(sys.executable, "-c", "raise SystemExit(3)"), expected_s=1
-    )
+    failing = quickstart.Stage(name="bad", says="fail", command=(sys.executable, "-c", "raise SystemExit(3)"))
     with pytest.raises(InputError, match="stage bad ended with exit code 3"):
         run(stage("first"), failing)
     with pytest.raises(InputError, match="stage bad"):
         run(stage("first"), failing)
     assert content("first") == "f"
+
+
+def test_a_stage_that_was_told_to_stop_is_not_finished():
+    """A training that a signal or a stop file ends saves what it has, and ends without an error."""
+    program = (
+        "import json, sys; from pathlib import Path; run = Path('run'); run.mkdir(exist_ok=True);"
+        "events = (run / 'events.jsonl').open('a+'); events.seek(0); done = len(events.readlines());"
+        "print(json.dumps({'event': 'end', 'step': [6, 10][done]}), file=events)"
+    )
+    quickstart.Path("a.yaml").write_text("train: {train_steps: 10}\n")
+    training = quickstart.Training(config="a.yaml", run="run")
+    training = quickstart.Stage(
+        name="training", says="train", command=(sys.executable, "-c", program), outputs=("run",), training=training
+    )
+    with pytest.raises(InputError, match="stage training was stopped before its end, run is at step 6 of 10"):
+        run(training, stage("next"))
+    assert not quickstart.Path("next").exists()
+    run(training, stage("next"))
+    assert content("next") == "n"
+
+
+def test_a_stage_without_its_output_is_not_finished():
+    idle = quickstart.Stage(name="idle", says="wait", command=(sys.executable, "-c", ""), outputs=("made",))
+    with pytest.raises(InputError, match="stage idle was stopped before its end, made is not there"):
+        run(idle, stage("next"))
+    assert not quickstart.Path("next").exists()
+
+
+def test_what_is_to_come_is_estimated_from_measured_steps(monkeypatch, capfd):
+    quickstart.Path("a.yaml").write_text("train: {train_steps: 700}\n")
+    half = quickstart.Training(config="a.yaml", run="run", until=300)
+    rest = quickstart.Training(config="a.yaml", run="run", first=300)
+    stages = [
+        quickstart.Stage(name=str(part.first), says="train", command=(), training=part, starts=2.0)
+        for part in (half, rest)
+    ]
+    assert quickstart.about(stages) == ""  # nothing is measured yet
+    monkeypatch.setattr(quickstart, "PACE", quickstart.Path("pace.json"))
+    quickstart.PACE.write_text(json.dumps({"start_s": 5.0, "step_s": {"a.yaml": 0.5}}))
+    assert quickstart.about(stages) == " (about 6m10s)"  # 700 x 0.5 + 2 x 2 x 5
+    assert quickstart.about(stages[1:], " to go") == " (about 3m30s to go)"
+    run(stage("first"), stage("second"))
+    assert "(about 5s to go)" in capfd.readouterr().out
 
 
 def test_an_interrupted_stage_saves_and_goes_on(tmp_path):
@@ -120,7 +160,7 @@ def test_an_interrupted_stage_saves_and_goes_on(tmp_path):
         sys.modules["quickstart"] = quickstart
         spec.loader.exec_module(quickstart)
         slow = quickstart.Stage(
-            name="slow", says="wait", command=(sys.executable, "-c", {program!r}), outputs=("saved",), expected_s=1
+            name="slow", says="wait", command=(sys.executable, "-c", {program!r}), outputs=("saved",)
         )
         run_program(lambda argv: quickstart.run_stages((slow,), quickstart.Ledger(Path("stages.json"))), [])
         """

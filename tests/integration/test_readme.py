@@ -124,4 +124,5 @@ def test_links_lead_somewhere(document):
 
 def test_every_document_is_linked():
     linked = {f"docs/{name}" for name in re.findall(r"\]\(docs/(\w+\.md)\)", TEXTS["README.md"])}
-    assert linked == {*DOCUMENTS} - {"README.md", "docs/upstream_adam_step.md"}
+    upstream = {name for name in DOCUMENTS if name.startswith("docs/upstream_")}  # linked by docs/checkpoints.md
+    assert linked == {*DOCUMENTS} - {"README.md", *upstream}

@@ -23,7 +23,7 @@ from megatron_ext.model import Emu3Model, build_model
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 from megatron_ext.vocab import Vocabulary
-from tests.support.distributed import run_distributed
+from tests.support.distributed import Ranks
 from tests.support.exported_decoder import load_release, logits_of_release
 from tests.support.releases import source_of
 from tests.support.small_models import DECODER, VISION, small_vocabulary
@@ -54,14 +54,12 @@ def randomize_norms(model: Emu3Model) -> None:
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one rank", "two ranks"])
 def loaded(
-    release: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+    release: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest, ranks: Ranks
 ) -> tuple[list[torch.Tensor], Path]:
     """Logits by each rank of a tensor axis that has loaded the release, and the checkpoint that it then saved."""
     checkpoint = tmp_path_factory.mktemp("checkpoint")
     arguments = (str(release), request.param, IDS, str(checkpoint))
-    if request.param == 1:
-        return [logits_of_release(*arguments)], checkpoint
-    return run_distributed(logits_of_release, request.param, *arguments), checkpoint
+    return ranks.run(logits_of_release, request.param, *arguments), checkpoint
 
 
 def test_logits_equal(release: Path, loaded: tuple[list[torch.Tensor], Path]) -> None:

@@ -17,7 +17,7 @@ from megatron_ext.generate import TextDecoder
 from megatron_ext.hf import is_hf_folder
 from megatron_ext.model import build_model
 from megatron_ext.runtime import Topology
-from megatron_ext.vision import MoVQGAN, save_vision_tokenizer
+from megatron_ext.vision import MoVQGAN, load_vision_tokenizer, save_vision_tokenizer, to_uint8
 from tests.support.small_models import DECODER, VISION, small_vocabulary
 from tests.support.weights_only import save_weights
 from tools import convert_checkpoint, generate
@@ -92,6 +92,7 @@ def test_drawing_from_checkpoint_and_from_export_is_the_same(
     exported: Path, trained: tuple[Path, Path], tmp_path: Path
 ) -> None:
     wanted = ["--task", "draw", "--caption", '["a red fox", "一只狐狸"]', "--grid", "3*4", "--seed", "7"]
+    wanted += ["--keep_codes", "true"]
     generate.main([*wanted, "--hf", str(exported), "--output", str(tmp_path / "hf")])
     generate.main(
         [*wanted, "--checkpoint", str(trained[0]), "--vision_tokenizer", str(trained[1]), "--batch_size", "1",
@@ -99,7 +100,12 @@ def test_drawing_from_checkpoint_and_from_export_is_the_same(
     )  # fmt: skip
     results = json.loads((tmp_path / "hf" / "results.json").read_text())
     assert [result["caption"] for result in results] == ["a red fox", "一只狐狸"]
+    tokenizer = load_vision_tokenizer(trained[1])
     for result in results:
+        codes_HW = np.load(tmp_path / "hf" / result["file"].replace(".png", ".codes.npy"))
+        (pixels_CHW,) = tokenizer.decode(torch.from_numpy(codes_HW).long()[None])
+        with Picture.open(tmp_path / "hf" / result["file"]) as picture:
+            assert np.array_equal(to_uint8(pixels_CHW), np.asarray(picture))
         with Picture.open(tmp_path / "hf" / result["file"]) as picture:
             assert picture.size == (32, 24)
         assert (tmp_path / "hf" / result["file"]).read_bytes() == (tmp_path / "mcore" / result["file"]).read_bytes()
@@ -108,12 +114,14 @@ def test_drawing_from_checkpoint_and_from_export_is_the_same(
 def test_drawing_a_clip(exported: Path, tmp_path: Path) -> None:
     generate.main(
         ["--task", "draw", "--caption", '["a fox runs"]', "--grid", "2*2", "--frames", "2", "--hf", str(exported),
-         "--output", str(tmp_path)]
+         "--keep_codes", "true", "--output", str(tmp_path)]
     )  # fmt: skip
     (result,) = json.loads((tmp_path / "results.json").read_text())
     assert result["grid"] == "2*2*2*8000*1000"
     with Picture.open(tmp_path / result["file"]) as clip:
         assert clip.n_frames == 8 and clip.size == (16, 16)
+    codes_THW = np.load(tmp_path / "00000.codes.npy")
+    assert codes_THW.shape == (2, 2, 2) and codes_THW.dtype.kind in "iu"
 
 
 def test_captioning(exported: Path, tmp_path: Path) -> None:

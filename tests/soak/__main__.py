@@ -120,6 +120,8 @@ class Soak:
         config["model"] |= {"num_query_groups": 2, "attention_dropout": 0.0, "hidden_dropout": 0.0}
         config["train"] |= {"train_steps": self.steps, "micro_batch_size": 1}
         config |= {"checkpoint": {"save_interval": 2}, "runtime": {"device": "cpu", "num_threads": 1}}
+        # Five gradient buckets, two of them padded, and perhaps the last.
+        config["parallel"] = {"overlap_grad_reduce": True, "bucket_size": 300}
         config["optim"] = {"lr": 1e-3, "lr_warmup_steps": 2}
         (self.folder / "config.yaml").write_text(yaml.safe_dump(config))
 

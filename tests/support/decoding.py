@@ -160,6 +160,8 @@ def train_losses(parallel: Mapping[str, Any], **options: Any) -> tuple[History, 
     end."""
     training = Training(**options)
     with start(parallel, training) as rank:
+        if "bucket_size" in parallel:
+            assert_several_padded(rank.optimizer)
         source = training.begin_with or training.folder
         state = checkpoint_in(source, rank).load_latest() if source else None
         history = [rank.step(step) for step in range(state["step"] if state else 0, training.steps)]
@@ -167,6 +169,14 @@ def train_losses(parallel: Mapping[str, Any], **options: Any) -> tuple[History, 
             checkpoint_in(training.folder, rank).save(training.steps, {"step": training.steps})
         rank.optimizer.gather_weights()
         return history, full_weights(rank.decoder, rank.topology)
+
+
+def assert_several_padded(optimizer: Any) -> None:
+    """A single gradient bucket, or none that is padded before the last, shows nothing of how buckets are saved."""
+    from megatron_ext.optim import gradient_buckets
+
+    buckets = gradient_buckets(optimizer.model)
+    assert len(buckets) >= 3 and sum(bucket.padded > bucket.elements for bucket in buckets[:-1]) >= 2, buckets
 
 
 def walk(cases: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> list[tuple[History, Weights]]:

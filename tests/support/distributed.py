@@ -1,4 +1,4 @@
-"""Run a function on real torch.distributed ranks, one process each."""
+"""Run functions on real torch.distributed ranks, one process each: the fixture `ranks` holds those of a session."""
 
 import contextlib
 import gc
@@ -9,9 +9,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch.multiprocessing as multiprocessing
 from torch.distributed import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import _rendezvous_handlers
+
+from tests.support.warm import context
 
 TIMEOUT_S = 600
 _place: list[int] = [0, 0]
@@ -19,11 +20,7 @@ _place: list[int] = [0, 0]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """`function(*args)` on `world_size` spawned ranks, with the environment that torchrun would give them.
-
-    Returns the ranks' results (picklable) in rank order. Raises AssertionError with the tracebacks of the ranks that
-    failed.
-    """
+    """`Ranks.run` on ranks of its own, which end: for what must not be left behind, as the memory of a GPU."""
     ranks = Ranks()
     try:
         return ranks.run(function, world_size, *args)
@@ -32,10 +29,10 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 class Ranks:
-    """Processes that are started once and then run one function after the other: their imports cost most of a test."""
+    """Processes that are started once and then run one function after the other."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        self._context = context()
         self._results = self._context.Queue()
         # As torchrun does: the parent holds the store, so no rank has to win a port that was free a moment ago.
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -43,7 +40,11 @@ class Ranks:
         self._num_tasks = 0
 
     def run(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-        """As `run_distributed`. What the function leaves behind in its process, the next one finds."""
+        """`function(*args)` on `world_size` ranks, with the environment that torchrun would give them.
+
+        Returns the ranks' results (picklable) in rank order. Raises AssertionError with the tracebacks of the ranks
+        that failed, of which none is used again. What the function leaves behind in its process, the next one finds.
+        """
         for rank in range(len(self._processes), world_size):
             theirs, ours = self._context.Pipe(duplex=False)
             process = self._context.Process(target=_serve, args=(rank, self._store.port, theirs, self._results))
@@ -96,7 +97,6 @@ def use_next_store() -> None:
 
 def _serve(rank: int, port: int, tasks: Any, results: Any) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    os.environ["OMP_NUM_THREADS"] = "1"
     _meet_in(TCPStore("127.0.0.1", port, is_master=False))
     with contextlib.suppress(EOFError):  # the parent closed its end, or is gone
         while True:

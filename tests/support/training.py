@@ -1,6 +1,7 @@
 """The tiny decoder in training, with its checkpoints at hand: the subject of the checkpoint tests."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,15 @@ class Training:
 
 @contextlib.contextmanager
 def training(
-    folder: str | Path, parallel: dict[str, Any] | None = None, *, precision: str = "fp32", **section: Any
+    folder: str | Path,
+    parallel: dict[str, Any] | None = None,
+    *,
+    precision: str = "fp32",
+    optim: dict[str, Any] | None = None,
+    **section: Any,
 ) -> Iterator[Training]:
-    """A fresh decoder on a layout, and its checkpoints in `folder`; `section` is section checkpoint."""
+    """A fresh decoder on a layout, and its checkpoints in `folder`; `section` is section checkpoint, `optim` what
+    differs from OPTIM."""
     from megatron_ext.checkpoint.decoder import DecoderCheckpoint
     from megatron_ext.model import build_model
     from megatron_ext.objectives import build_objective
@@ -74,7 +81,7 @@ def training(
     layout = ParallelConfig(**(parallel or {}))
     with Topology.start(RuntimeConfig(device="cpu", precision=precision), layout) as topology:
         decoder = build_model(MODEL, layout, LAYOUT, topology, seed=7)
-        optimizer = build_optimizer(OPTIM, layout, decoder, topology, 10)
+        optimizer = build_optimizer(dataclasses.replace(OPTIM, **(optim or {})), layout, decoder, topology, 10)
         runner = MicrobatchRunner(optimizer.model, build_objective(ObjectiveConfig(), LAYOUT), topology, seed=3)
         vocab = make_vocabulary(train_text_tokenizer())
         checkpoint = DecoderCheckpoint(

@@ -5,7 +5,6 @@ it stands. Which lines are kept of what does not fit depends on the seed and on 
 files nor on how they are cut up.
 """
 
-import glob
 import hashlib
 import heapq
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_ext.config import BadSamples, InputError
-from megatron_ext.media import MediaError, list_samples
+from megatron_ext.config import BadSamples
+from megatron_ext.media import Fault, MediaError, Part, listing_of, parts_of
 from megatron_ext.media.texts import BadText, find_text_files, read_texts
 from megatron_ext.observe.progress import progress
 
@@ -23,6 +22,7 @@ MAX_LINE = 4096
 """Characters of a line; longer ones are cut. No piece is longer than 16, so a cut hides next to nothing."""
 
 _HASH_BYTES = 8
+_AT_ONCE = 1024
 
 
 class LineSample:
@@ -88,20 +88,14 @@ class CorpusFiles:
     texts: tuple[Path, ...]
     """Text files, each once, sorted."""
 
-    media: tuple[Path, ...]
-    """Folders and tars with captions, each once, sorted."""
+    media: tuple[Part, ...]
+    """Folders, tars and manifests of captioned pictures and clips."""
 
     @classmethod
     def find(cls, input_patterns: tuple[str, ...], caption_patterns: tuple[str, ...]) -> "CorpusFiles":
         """Raises InputError: a pattern matches nothing."""
-        media: set[Path] = set()
-        for pattern in caption_patterns:
-            matches = glob.glob(pattern, recursive=True)
-            if not matches:
-                raise InputError(f"captions {pattern!r} matches nothing: check the path, relative to {Path.cwd()}")
-            media.update(map(Path, matches))
-        texts = find_text_files(input_patterns, option="input")
-        return cls(texts=tuple(texts), media=tuple(sorted(media)))
+        media = parts_of(caption_patterns, option="captions")
+        return cls(texts=tuple(find_text_files(input_patterns, option="input")), media=tuple(media))
 
     def documents(self, text_field: str, bad: BadSamples, console: Console) -> Iterator[str]:
         """Lines of plain text, texts of JSON lines and Parquet, captions; what cannot be used goes to `bad`.
@@ -116,8 +110,8 @@ class CorpusFiles:
                     yield from _texts(path, text_field, bad, advance)
         if self.media:
             with progress("captions", len(self.media), "folders and tars", console) as advance:
-                for path in self.media:
-                    yield from _captions(path, bad)
+                for part in self.media:
+                    yield from _captions(part, bad)
                     advance(1)
 
 
@@ -166,9 +160,14 @@ def _texts(path: Path, field: str, bad: BadSamples, on_read: Callable[[int], Non
             yield item[1]
 
 
-def _captions(path: Path, bad: BadSamples) -> Iterator[str]:
-    for sample in list_samples([path]):
-        try:
-            yield from sample.captions()
-        except MediaError as error:
-            bad.add(sample.source, str(error))
+def _captions(part: Part, bad: BadSamples) -> Iterator[str]:
+    listing = listing_of(part)
+    for first in range(0, len(listing), _AT_ONCE):
+        for entry in listing.entries(first, first + _AT_ONCE):
+            if isinstance(entry, Fault):
+                bad.add(entry.source, entry.reason)
+                continue
+            try:
+                yield from entry.captions()
+            except MediaError as error:
+                bad.add(entry.source, str(error))

@@ -21,11 +21,25 @@ from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, load, run_program
 from megatron_ext.config.section import Name, Section, Seed, Share, below, least, most
-from megatron_ext.files import check_file, replacing, writing
+from megatron_ext.files import check_file, replacing, suffix_of, writing
 from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
+from megatron_ext.vocab.text import SPACE_MARK
 from tokenizer_train.text.corpus import Corpus, CorpusFiles, sample_corpus
 from tokenizer_train.text.measure import as_records, measure, table
+
+# What a vocabulary demands of its text tokenizer, whether the corpus has it or not: a prose of Chinese has no space.
+_REQUIRED = META_CHARACTERS + SPACE_MARK
+
+# <unk>, 256 bytes, what is required, and one character of the corpus.
+_SMALLEST_VOCABULARY = 257 + len(_REQUIRED) + 1
+_LARGEST_VOCABULARY = 1 << 24
+
+# SentencePiece leaves out every line with this character, its own mark of what it does not know.
+_UNKNOWN_MARK = "\u2585"
+
+# A corpus of nothing else has no character for SentencePiece to train on.
+_UNTRAINABLE = frozenset(_REQUIRED + _UNKNOWN_MARK + " \t\0")
 
 # Fixed, not the machine's: unigram training adds up its threads' partial sums, so their number shows in the model.
 _NUM_THREADS = 16
@@ -43,8 +57,8 @@ class TextTokenizerTrainConfig(Section):
     and .parquet, a document per row; each but .parquet also as .gz or .zst."""
 
     captions: tuple[Name, ...] = ()
-    """List of glob patterns of folders in the layout of img2dataset's "files" output and of WebDataset tars; the
-    captions of their pictures and clips are read."""
+    """List of folders in the layout of img2dataset's "files" output or of tars, WebDataset tars and manifests, or glob
+    patterns of these; the captions of their pictures and clips are read."""
 
     text_field: Name = "text"
     """Key in JSON lines, and column of Parquet files, that holds the text."""
@@ -52,7 +66,7 @@ class TextTokenizerTrainConfig(Section):
     output: Name
     """Model file to write; a report is written beside it, with .json in place of its suffix."""
 
-    vocab_size: Annotated[int, least(1), most(2**31 - 1)] = 32000
+    vocab_size: Annotated[int, least(_SMALLEST_VOCABULARY), most(_LARGEST_VOCABULARY)] = 32000
     """Pieces, the 256 bytes and <unk> included."""
 
     model_type: Literal["bpe", "unigram"] = "bpe"
@@ -81,7 +95,7 @@ class TextTokenizerTrainConfig(Section):
         super().__post_init__()
         if not self.input and not self.captions:
             raise InputError("input and captions are both empty: give at least one pattern")
-        if Path(self.output).suffix == ".json":
+        if suffix_of(self.output) == "json":
             raise InputError(f"output {self.output!r} would be overwritten by its report: name it .model")
 
 
@@ -89,13 +103,17 @@ def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> byt
     """Content of the model file.
 
     Raises:
-        InputError: vocab_size does not suit the corpus; the message says which size does.
+        InputError: vocab_size does not suit the corpus, and the message says which size does; SentencePiece refuses
+            the corpus.
     """
+    sentences = [part for line in lines for part in line.split(_UNKNOWN_MARK) if part]
+    if all(_UNTRAINABLE.issuperset(sentence) for sentence in sentences):
+        raise InputError("input: its documents hold digits, spaces and control characters alone: give text to train on")
     model = io.BytesIO()
     try:
         with _interruptible():
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(lines),
+                sentence_iterator=iter(sentences),
                 model_writer=model,
                 vocab_size=config.vocab_size,
                 model_type=config.model_type,
@@ -105,14 +123,14 @@ def train_model(lines: tuple[str, ...], config: TextTokenizerTrainConfig) -> byt
                 remove_extra_whitespaces=False,
                 split_digits=True,
                 byte_fallback=True,
-                required_chars=META_CHARACTERS,
+                required_chars=_REQUIRED,
                 # No control pieces: a document's structure is the layout's special tokens, never the text tokenizer's.
                 unk_id=0,
                 bos_id=-1,
                 eos_id=-1,
                 pad_id=-1,
-                # Longer lines would be left out without a word.
-                max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+                # Longer lines would be left out without a word; below 10 is refused.
+                max_sentence_length=max(10, 1 + max(len(sentence.encode()) for sentence in sentences)),
                 shuffle_input_sentence=False,
                 num_threads=_NUM_THREADS,
                 minloglevel=2,
@@ -129,6 +147,8 @@ def main(argv: list[str]) -> None:
     for written in (output, output.with_suffix(".json")):
         check_file(written, "output")
     files = CorpusFiles.find(config.input, config.captions)
+    # All that could refuse the result is asked before the work, and the model is written as soon as there is one.
+    qwen = QwenTokenizer() if config.held_out_fraction else None
     corpus = _read(files, config)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)
     started = time.monotonic()
@@ -138,14 +158,14 @@ def main(argv: list[str]) -> None:
 
     tokenizer = SentencePieceTokenizer(model)
     Vocabulary(VocabLayout.custom(text_size=tokenizer.size, codebook_size=1), tokenizer)
-    rows = measure({"this model": tokenizer, "Qwen (Emu3's)": QwenTokenizer()}, corpus.held_out)
+    _write(output, model)
+    rows = measure({"this model": tokenizer, "Qwen (Emu3's)": qwen}, corpus.held_out) if qwen else []
     for line in table(rows) if rows else ["held out: no document, so nothing is measured"]:
         print(line, flush=True)
     report = _report(config, corpus, files, tokenizer) | {
         "train_seconds": round(seconds, 2),
         "held_out": as_records(rows),
     }
-    _write(output, model)
     _write(output.with_suffix(".json"), (json.dumps(report, indent=1, ensure_ascii=False) + "\n").encode())
     print(f"wrote {output}: {tokenizer.size:,} pieces", flush=True)
 
@@ -199,8 +219,8 @@ def _report(
     }
 
 
-def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Exception:
-    """SentencePiece's two complaints about vocab_size in our words; any other error as it is."""
+def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> InputError:
+    """SentencePiece's two complaints about vocab_size in our words; another one in its own."""
     size = config.vocab_size
     if too_large := re.search(r"Please set it to a value <= (\d+)", str(error)):
         return InputError(f"vocab_size {size} is too large for this corpus: use at most {too_large[1]}, or add text")
@@ -209,7 +229,7 @@ def _explained(error: RuntimeError, config: TextTokenizerTrainConfig) -> Excepti
             f"vocab_size {size} is too small: bytes and the corpus' characters alone are {too_small[1]} pieces; "
             f"use more, or lower character_coverage {config.character_coverage}"
         )
-    return error
+    return InputError(f"SentencePiece cannot train {size:,} pieces on this corpus: {error}")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_ext.runtime.device import autocast
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import torch_generator
 from tokenizer_train.vision.discriminator import Discriminator
@@ -29,7 +30,7 @@ class Adversary:
         """
         section, train = config.discriminator, config.train
         self._start_step = section.start_step
-        self._autocast = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
+        self._autocast = autocast(device, train.precision)
         self._replicas = replicas
         torch.manual_seed(torch_generator(train.seed, "discriminator").initial_seed())
         self.network = Discriminator(section, clip_share=config.media.clip_share).to(device).train()

@@ -128,8 +128,9 @@ class VisionTrainConfig(Section, section="train"):
     seed: Seed = 1234
     """Seed of initial weights, order of the media, crops, k-means and restarts."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Type in which the networks compute; weights, quantiser and losses stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Type in which the networks compute; weights, quantiser and losses stay fp32. auto is what the run began with, for
+    a new run bf16 on a GPU and on a CPU that multiplies it, else fp32."""
 
     ema_decay: Decay = 0.0
     """Share of the averaged weights that a step keeps (SBER's MoVQGAN: 0.9999); the average is evaluated and released.

@@ -27,6 +27,7 @@ from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
 from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
+from megatron_ext.runtime.arithmetic import full_fp32
 from megatron_ext.runtime.device import PRECISIONS, choose_device, set_threads
 from tokenizer_train.vision.codecs import Bicubic, Codec, Jpeg, TokenizerCodec
 from tokenizer_train.vision.perceptual import EfficientNetLite0, efficientnet_lite0, lpips_vgg16
@@ -249,7 +250,8 @@ def main(argv: list[str]) -> None:
         output.mkdir(parents=True, exist_ok=True)
     check_folder(output, "output")
     evaluation = Evaluation(config, console)
-    rows = evaluation.run()
+    with full_fp32():
+        rows = evaluation.run()
     report = {
         "config": as_dict(config), "device": evaluation.device.type, "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow", "av")},

@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from megatron_ext.config import InputError
+from megatron_ext.files import suffix_of
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 
 SIGNAL_BITS = 10
@@ -95,7 +96,7 @@ def read_2d(path: str | Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged, or holds other Python objects than tensors and plain data.
     """
     try:
-        if Path(path).suffix == ".safetensors":
+        if suffix_of(path) == "safetensors":
             content = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ext.runtime.device import autocast
 from megatron_ext.vision import MoVQGAN
 from tokenizer_train.vision.adversary import Adversary
 from tokenizer_train.vision.codebook import CodebookKeeper
@@ -241,7 +242,7 @@ class TrainStep:
                 module.eval()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
+        return autocast(self.device, self.config.train.precision)
 
 
 def _rows(latents_BDthw: Tensor) -> Tensor:

@@ -10,16 +10,21 @@ another number of ranks, it goes on from the last checkpoint.
 
 import contextlib
 import signal
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from megatron_ext.checkpoint.store import latest_checkpoint, read_metadata
 from megatron_ext.config import load, run_program, to_yaml
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.observe import Run
 from megatron_ext.resilience import Stopping, StopRequest
 from megatron_ext.runtime import Topology
+from megatron_ext.runtime.arithmetic import full_fp32
 from megatron_ext.runtime.faults import is_told_here
+from megatron_ext.runtime.precision import Precision, settle_precision
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig, VisionTrainConfig
 from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.run_media import shared_index
@@ -40,6 +45,16 @@ def train(config: VisionTokenizerTrainingConfig) -> None:
         # First: in a job the ranks inherit a SIGTERM that is ignored, and one that comes during the start counts too.
         StopRequest.on_signals(signal.SIGINT, signal.SIGTERM) as signals,
         Topology.start(_runtime(config.train), ParallelConfig()) as topology,
+    ):
+        precision = _precision(config, topology)
+        config = replace(config, train=replace(config.train, precision=precision.name))
+        _train(config, topology, precision, signals)
+
+
+def _train(
+    config: VisionTokenizerTrainingConfig, topology: Topology, precision: Precision, signals: StopRequest
+) -> None:
+    with (
         Run.open(
             config.observe,
             topology.is_main,
@@ -48,7 +63,9 @@ def train(config: VisionTokenizerTrainingConfig) -> None:
             environment=topology.environment,
         ) as run,
         contextlib.closing(_media(config, topology)) as media,
+        full_fp32(),
     ):
+        run.tell_precision(precision)
         trainer = Trainer(config, media, run, topology)
         trainer.resume()
         _announce(trainer)
@@ -83,6 +100,20 @@ def _runtime(train: VisionTrainConfig) -> RuntimeConfig:
         deterministic=train.deterministic,
         num_threads=train.num_threads,
         distributed_timeout_s=train.distributed_timeout_s,
+    )
+
+
+def _precision(config: VisionTokenizerTrainingConfig, topology: Topology) -> Precision:
+    """What the networks compute in, as rank 0 sees it."""
+
+    def begun_in() -> str | None:
+        saved = latest_checkpoint(Path(config.observe.run_dir) / "checkpoints")
+        return None if saved is None else read_metadata(saved)["config"]["train"].get("precision")
+
+    return topology.from_main(
+        lambda: settle_precision(
+            config.train.precision, topology.device, begun_in=begun_in, fault_of=lambda name, on_gpu: None
+        )
     )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import av
 import numpy as np
 
-from megatron_ext.curate.video import Video, upright
 from megatron_ext.media import list_samples
 from megatron_ext.media.samples import Extent
+from megatron_ext.media.video import Video
 
 CLIPS = Path(__file__).parents[3] / "examples" / "media" / "clips"
 
@@ -19,8 +19,8 @@ CLIPS = Path(__file__).parents[3] / "examples" / "media" / "clips"
 def shot(name: str) -> np.ndarray:
     """All frames of an example clip, RGB uint8 [T, 192, 192, C]."""
     (sample,) = list_samples([CLIPS / f"{name}.mp4"])
-    with Video(sample.media) as video:
-        return np.stack([upright(frame) for frame in video.frames()])
+    with Video(sample.media.open()) as video:
+        return np.stack([frame.pixels() for frame in video.frames()])
 
 
 def fade_out_and_in(first_THWC: np.ndarray, second_THWC: np.ndarray, frames: int) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from megatron_ext.config import InputError
 from megatron_ext.curate.clips import EncodingConfig, aesthetic_frames, clip_file, looked_at
 from megatron_ext.curate.scenes import ScenesConfig, split
-from megatron_ext.curate.video import Video
+from megatron_ext.media.video import Video
 from tests.unit.curate.films import extent_of, film, shot
 
 
@@ -30,18 +30,18 @@ def decoded(data: bytes) -> tuple[np.ndarray, list[float]]:
 
 
 def parts_of(extent, max_clip_s):
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         return split(video, ScenesConfig(max_clip_s=max_clip_s))
 
 
 def test_two_frames_per_second_are_looked_at(tmp_path):
     extent = film(numbered(48), tmp_path / "film.mp4", rate=12)  # 4 seconds
     spans = parts_of(extent, 3)
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         assert [numbers_of(looked_at(video, span)) for span in spans] == [[0, 6, 12, 18], [24, 30, 36, 42]]
     large = film(np.zeros((4, 300, 600, 3), np.uint8), tmp_path / "large.mp4")
     (span,) = parts_of(large, 10)
-    with Video(large) as video:
+    with Video(large.open()) as video:
         assert looked_at(video, span).shape == (1, 256, 512, 3), "a shorter edge of 256"
 
 
@@ -73,7 +73,7 @@ def test_quality(tmp_path):
     extent = film(source, tmp_path / "film.mp4")
     _, span = parts_of(extent, 2)
     frames, _ = decoded(clip_file(extent, span, "mp4", EncodingConfig())[0])
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         before = np.stack([frame.to_ndarray(format="rgb24") for frame in video.frames(span.first_stamp)])
     error = np.square(frames.astype(float) - before).mean()
     assert 10 * np.log10(255**2 / error) > 36  # measured: 38.9 dB
@@ -122,7 +122,7 @@ def test_time_stamps_that_begin_late_and_jump(tmp_path):
     extent = extent_of(path)
     first, second = parts_of(extent, 1.3)
     assert (first.start_s, second.start_s, second.end_s) == pytest.approx((0, 1.2, 1.5), abs=0.02)
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         assert numbers_of(looked_at(video, first)) == [0, 2, 2], "what is on show at 0, 0.5 and 1 second"
     frames, shown = decoded(clip_file(extent, second, "mkv", EncodingConfig())[0])
     assert numbers_of(frames) == [3, 4, 5] and shown == pytest.approx([0, 0.1, 0.2], abs=1e-3)

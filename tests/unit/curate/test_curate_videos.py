@@ -25,10 +25,10 @@ from megatron_ext.curate.clip_parts import SCHEMA, JudgedClip, JudgedVideo, writ
 from megatron_ext.curate.clips import Span
 from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.table import PartTable
-from megatron_ext.curate.video import Video, upright
 from megatron_ext.curate.video_filters import Looked, VideoFiltersConfig, judge_aesthetics
 from megatron_ext.media import Sample, list_samples
 from megatron_ext.media.samples import Extent
+from megatron_ext.media.video import Video
 from tests.support.processes import children_of, command_of, is_running
 from tests.support.small_clip import SIDE, head_weights, plain_scores, save_clip
 from tests.unit.curate.films import CLIPS, extent_of, film, shot
@@ -93,7 +93,7 @@ def test_every_scene_has_a_row(curated):
         "sub/film-00004": ("kept", ""),
         "whole-00000": ("kept", ""),
     }
-    assert rows["broken"]["detail"].startswith("not a readable video")
+    assert rows["broken"]["detail"].startswith("not a readable clip")
     times = [(rows[f"sub/film-0000{n}"]["start_s"], rows[f"sub/film-0000{n}"]["end_s"]) for n in range(5)]
     assert times == [(0, 3), (3, 6), (6, 9), (9, 10.25), (10.25, 13.25)]
     first, still, title, short = (rows[f"sub/film-0000{n}"] for n in range(4))
@@ -192,8 +192,8 @@ def test_all_scores_can_be_measured(curated, tmp_path, capsys):
     assert all(row["motion"] is not None and row["aesthetic"] is not None and row["text"] is None for row in rows)
     printed = capsys.readouterr().out
     assert "filter text was off: filters.max_text is null" in printed and "filter aesthetic" not in printed
-    with Video(extent_of(curated[0] / "sub" / "film.mp4")) as video:
-        third = [upright(frame) for frame in video.frames()][48:72:4]  # at 2 per second: six frames
+    with Video(extent_of(curated[0] / "sub" / "film.mp4").open()) as video:
+        third = [frame.pixels() for frame in video.frames()][48:72:4]  # at 2 per second: six frames
     squares = np.stack([clip_square(frame, SIDE) for frame in (third[1], third[3], third[5])])
     scores = plain_scores(squares, load_file(clip / "model.safetensors"), head)
     assert scores.std() > 1e-3, "the frames differ"

@@ -7,13 +7,13 @@ import pytest
 
 from megatron_ext.config import InputError
 from megatron_ext.curate.scenes import ScenesConfig, find_cuts, split
-from megatron_ext.curate.video import Video
 from megatron_ext.media import MediaError
+from megatron_ext.media.video import Video
 from tests.unit.curate.films import extent_of, fade_out_and_in, film, shot
 
 
 def spans_of(extent, **options):
-    with Video(extent) as video:
+    with Video(extent.open()) as video:
         return split(video, ScenesConfig(**options))
 
 
@@ -24,8 +24,8 @@ def test_cuts_between_real_shots(tmp_path):
     assert [(span.number, span.num_frames) for span in spans] == [(0, 16), (1, 24), (2, 16)]
     assert [(span.start_s, span.end_s) for span in spans] == [(0, 2), (2, 5), (5, 7)]
     assert not any(span.is_whole for span in spans)
-    with Video(extent) as video:
-        stamps = [frame.pts for frame in video.frames()]
+    with Video(extent.open()) as video:
+        stamps = [frame.stamp for frame in video.frames()]
     assert [span.first_stamp for span in spans] == [stamps[0], stamps[16], stamps[40]]
     assert [span.end_stamp for span in spans[:2]] == [stamps[16], stamps[40]] and spans[2].end_stamp > stamps[-1]
 

@@ -187,8 +187,10 @@ def test_bad_rows_are_skipped_by_name(rows, capsys):
         "{",
         '{"content": ["half \\ud83d"]}',
         '{"content": ["bad \udcff"]}',
+        '{"content": ' + "[" * 700 + "]" * 700 + "}",  # Python parses it, and fails to send it to a worker
+        "[" * 20_000 + "]" * 20_000,
     ]
-    assert documents(rows, content, max_bad_fraction=1) == {"fine": "x"}
+    assert documents(rows, content, max_bad_fraction=1, workers=2) == {"fine": "x"}
     printed = capsys.readouterr().out
     skipped = [line.removeprefix("skipped ") for line in printed.splitlines() if line.startswith("skipped ")]
     unicode = "not UTF-8: it has a broken byte or a lone surrogate"
@@ -204,6 +206,8 @@ def test_bad_rows_are_skipped_by_name(rows, capsys):
         f"{rows}/rows.jsonl:10: no JSON object",
         f"{rows}/rows.jsonl:11: {unicode}",
         f"{rows}/rows.jsonl:12: {unicode}",
+        f"{rows}/rows.jsonl:13: no JSON object",
+        f"{rows}/rows.jsonl:14: no JSON object",
     ]
 
 

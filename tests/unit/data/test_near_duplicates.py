@@ -1,15 +1,23 @@
 """What counts as near-duplicate, and that it does not fall on two sides."""
 
+import itertools
+import math
 import re
 import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_ext.config import InputError
-from megatron_ext.data.near_duplicates import PictureClusters, clusters
+from megatron_ext.data import _clusters, near_duplicates
+from megatron_ext.data.draws import key_hashes
+from megatron_ext.data.near_duplicates import PictureClusters, clusters, picture_clusters
 from megatron_ext.data.shingles import SHINGLE, text_signatures
 
 WORDS = [f"word{number}" for number in range(400)] + ["été", "мир", "naïve", "x9"]
@@ -116,7 +124,7 @@ def brute_force(hashes: np.ndarray, distance: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("distance", [0, 1, 4, 7])
+@pytest.mark.parametrize("distance", [0, 1, 4, 7, 15])
 def test_clusters_of_perceptual_hashes(distance):
     rng = np.random.default_rng(distance)
     centres = rng.integers(0, 1 << 63, 40, dtype=np.uint64)
@@ -130,18 +138,77 @@ def test_clusters_of_perceptual_hashes(distance):
     assert clusters(hashes[shuffled], distance).tolist() == found[shuffled].tolist()
 
 
+BITS = st.integers(0, 2**64 - 1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hashes=st.lists(BITS | st.sampled_from([0, 1, 2**63, 2**64 - 1, 0xFF << 28]), max_size=25),
+    flips=st.lists(st.tuples(st.integers(0, 24), st.sets(st.integers(0, 63), max_size=5)), max_size=25),
+    distance=st.integers(0, 15),
+    blocks=st.integers(1, 8),
+)
+def test_clusters_are_those_of_comparing_all_pairs(hashes, flips, distance, blocks):
+    """Whatever the hashes, and by whatever blocks they are sorted."""
+    near = [hashes[place % len(hashes)] ^ sum(1 << bit for bit in bits) for place, bits in flips if hashes]
+    hashes_N = np.array(hashes + near, dtype=np.uint64)
+    expected = brute_force(hashes_N, distance)
+    assert clusters(hashes_N, distance).tolist() == expected
+    if math.comb(distance + blocks, distance) <= 200:
+        masks = np.array(list(choices_of_blocks(distance + blocks, distance)), dtype=np.uint64)
+        unique_U, place_N = np.unique(hashes_N, return_inverse=True)
+        assert unique_U[_clusters.near_roots(unique_U, masks, distance)][place_N].tolist() == expected
+
+
+def choices_of_blocks(blocks: int, left_out: int) -> Iterator[int]:
+    """The bits of all choices, written bit by bit."""
+    block_of_bit = [bit * blocks // 64 for bit in range(64)]
+    for without in itertools.combinations(range(blocks), left_out):
+        yield sum(1 << bit for bit in range(64) if block_of_bit[bit] not in without)
+
+
+def write_table(path: Path, **columns: list) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def clusters_of(found: PictureClusters, key: str) -> list[int]:
+    return found.clusters_T[found.keys_T == key_hashes([key])[0]].tolist()
+
+
 def test_tables_of_perceptual_hashes(tmp_path):
-    rows = {"key": ["a", "b", "c", "d"], "phash": [5, 4, -1, None]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "one.parquet")
-    rows = {"key": ["e", "f"], "phash": ["ffffffffffffffff", "0f0f0f0f0f0f0f0f"]}
-    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "two.parquet")
-    groups = PictureClusters([tmp_path / "one.parquet", tmp_path / "two.parquet"], 1)
-    assert groups.group("a") == groups.group("b") != groups.group("c") == groups.group("e") != groups.group("f")
-    assert (groups.group("d"), groups.group("x")) == ("d", "x")
-    assert PictureClusters([], 4).group("a") == "a"
-    with pytest.raises(InputError, match="cannot read columns key and phash of .*one.txt"):
-        (tmp_path / "one.txt").write_text("x")
-        PictureClusters([tmp_path / "one.txt"], 1)
-    pyarrow.parquet.write_table(pyarrow.table({"key": ["a"]}), tmp_path / "bare.parquet")
-    with pytest.raises(InputError, match="cannot read columns key and phash of .*bare.parquet"):
-        PictureClusters([tmp_path / "bare.parquet"], 1)
+    tables = [
+        write_table(tmp_path / "one.parquet", key=["a", "b", "c", "d", None], phash=[5, 4, -1, None, 3]),
+        write_table(tmp_path / "two.parquet", key=["e", "f", "f"], phash=["f" * 16, "0f" * 8, "0f" * 7 + "1f"]),
+    ]
+    found = picture_clusters(tables, 1, tmp_path / "cache")
+    assert [clusters_of(found, key) for key in "abcdex"] == [[4], [4], [2**64 - 1], [], [2**64 - 1], []]
+    assert clusters_of(found, "f") == [int("0f" * 8, 16)] * 2
+    assert len(picture_clusters([], 4, tmp_path / "cache").keys_T) == 0
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    (tmp_path / "one.txt").write_text("x")
+    for path in (
+        tmp_path / "one.txt",
+        write_table(tmp_path / "bare.parquet", key=["a"]),
+        write_table(tmp_path / "long.parquet", key=["a"], phash=["1" * 17]),
+        write_table(tmp_path / "words.parquet", key=["a"], phash=["red"]),
+        write_table(tmp_path / "numbers.parquet", key=[1], phash=[1]),
+    ):
+        with pytest.raises(InputError, match=f"cannot read columns key and phash of .*{path.name}"):
+            picture_clusters([path], 1, tmp_path / "cache")
+
+
+def test_clusters_are_computed_once_for_the_same_tables(tmp_path, monkeypatch):
+    table = write_table(tmp_path / "one.parquet", key=["a", "b"], phash=[5, 4])
+    first = picture_clusters([table], 1, tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(near_duplicates, "clusters", None)  # whoever computes again fails
+        again = picture_clusters([table], 1, tmp_path / "cache")
+        assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+        with pytest.raises(TypeError):
+            picture_clusters([table], 2, tmp_path / "cache")
+    write_table(tmp_path / "one.parquet", key=["a", "bb"], phash=[5, 400])
+    assert clusters_of(picture_clusters([table], 1, tmp_path / "cache"), "bb") == [400]
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 2

@@ -82,6 +82,20 @@ def test_what_cannot_start(workplace, tmp_path, arguments, request_, names):
     assert all(name in str(error.value) for name in names) and "\n" not in str(error.value)
 
 
+def test_a_checkpoint_in_precision_auto_is_reckoned_at_its_largest(workplace, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 0, 100))
+
+    def refusal(precision: str, request_: Request) -> str:
+        with pytest.raises(InputError) as error:
+            check_place(configure(workplace, tmp_path / "run", "--runtime.precision", precision), request_)
+        return str(error.value)
+
+    on_cpu = Request(nodes=1, gpus_per_node=0, ranks_per_node=1)
+    assert refusal("auto", on_cpu) == refusal("fp32", on_cpu) != refusal("bf16", on_cpu)
+    assert refusal("auto", TWO) == refusal("bf16", TWO)
+
+
 def test_a_full_disk(workplace, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 0, 100))

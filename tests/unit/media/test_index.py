@@ -253,7 +253,7 @@ def test_patterns_name_folders_tars_and_media(folder, tmp_path):
     pictures = build_index([f"{folder}/plain_*"], None, silent)
     assert [pictures[n].key for n in range(4)] == ["plain_jpg", "plain_png", "plain_tif", "plain_webp"]
     assert len(list_samples([f"{folder}/*.webm"])) == 1
-    with pytest.raises(InputError, match=r"none\*.tar' matches no folder"):
+    with pytest.raises(InputError, match=r"none\*.tar' matches no file and no folder"):
         expand(f"{tmp_path}/none*.tar")
     with pytest.raises(InputError, match="is missing"):
         expand(tmp_path / "none.tar")

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_ext.config import InputError
-from megatron_ext.media import Fault, build_index, list_samples, listing_of, parts_of
+from megatron_ext.media import Fault, MediaError, build_index, list_samples, listing_of, parts_of
+from megatron_ext.media.samples import Extent
 
 
 @pytest.fixture
@@ -153,10 +154,81 @@ def test_bad_manifests_are_refused(folder, tmp_path):
     with pytest.raises(InputError, match=r"cannot read manifest .*x.parquet"):
         list_samples([path])
     pq.write_table(pa.table({"url": ["x"]}), path)
-    with pytest.raises(InputError, match=r"x.parquet has no column path; it has url"):
+    with pytest.raises(InputError, match=r"x.parquet has no column path, and none of bytes named jpg, .*; it has url"):
         list_samples([path])
     with pytest.raises(InputError, match=r"rows.jsonl' is a manifest.*OUTPUT/kept/\*.tar"):
         build_index([str(write_json(folder))], None, lambda *_: None)
+
+
+def test_a_damaged_page_is_named_with_its_file(folder):
+    path = folder / "rows.PARQUET"
+    rows = 1000
+    paths = pa.table({"path": [f"{number:040}.jpg" for number in range(rows)]})
+    pq.write_table(paths, path, compression="none", use_dictionary=False, row_group_size=rows)
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"%040d.jpg" % 500) - 4
+    whole[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of a string
+    path.write_bytes(whole)
+    listing = listing_of(parts_of([path])[0])
+    with pytest.raises(InputError, match=r"cannot read manifest .*rows.PARQUET: ") as caught:
+        listing.entries(0, 1)
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    gone = listing_of(parts_of([write_json(folder)])[0])
+    (folder / "rows.jsonl").unlink()
+    with pytest.raises(InputError, match=r"cannot read manifest .*rows.jsonl: No such file"):
+        gone.entries(0, 1)
+
+
+def test_strings_are_read_however_a_manifest_stores_them(folder):
+    for kind in (pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())):
+        columns = {name: pa.array(["b.jpg"], pa.string()).cast(kind) for name in ("path", "caption")}
+        pq.write_table(pa.table(columns), folder / "rows.parquet")
+        [sample] = listing_of(parts_of([folder / "rows.parquet"])[0]).entries(0, 1)
+        assert (sample.key, sample.captions()) == ("b", ("b.jpg",)), kind
+
+
+def test_pictures_in_the_rows_of_a_parquet_file(folder):
+    """img2dataset's `parquet` output, and a table of curation that refers to it."""
+    path = folder / "00000.parquet"
+    columns = {
+        "url": ["x"] * 5,
+        "key": ["000000000", "000000001", None, "000000003", "000000004"],
+        "caption": ["A fox.", "gone", "", None, "last"],
+        "status": ["success", "failed_to_download", "success", "success", "success"],
+        "jpg": [b"one", None, b"three", b"four", b"five and more"],
+    }
+    pq.write_table(pa.table(columns), path, row_group_size=2, compression="none", use_dictionary=False)
+    [part] = parts_of([str(path)])
+    listing = listing_of(part)
+    samples = listing.entries(0, 9)
+    assert [(sample.key, sample.captions()) for sample in samples] == [
+        ("000000000", ("A fox.",)),
+        ("00000-3", ()),
+        ("000000003", ()),
+        ("000000004", ("last",)),
+    ]
+    contents = [b"one", b"three", b"four", b"five and more"]
+    for order in (1, -1):
+        assert [sample.media.read() for sample in samples[::order]] == contents[::order]
+    assert [sample.media.open().read() for sample in samples] == contents
+    assert [(sample.media.offset, sample.media.size) for sample in samples] == [(0, 3), (2, 5), (3, 4), (4, 13)]
+    assert samples[1].source == f"{path}#3" and {sample.kind for sample in samples} == {"image"}
+    assert [entry for first in range(5) for entry in listing.entries(first, first + 1)] == samples
+
+    (folder / "rows.jsonl").write_text(
+        "\n".join(json.dumps({"path": str(path), "kind": "image", "offset": row, "size": 4}) for row in (3, 9))
+    )
+    one, other = list(listing_of(parts_of([folder / "rows.jsonl"])[0]).entries(0, 2))
+    assert one.media.read() == b"four"
+    with pytest.raises(MediaError, match="00000.parquet has no row 9 with a picture or clip"):
+        other.media.read()
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b"\3\0\0\0one")
+    whole[at : at + 4] = b"\xff\xff\xff\x7f"  # the length of the first picture
+    path.write_bytes(whole)
+    with pytest.raises(MediaError, match="cannot read pictures of .*00000.parquet"):
+        Extent(path=path, offset=0, size=3, stamp=7).read()
 
 
 def test_a_pattern_takes_manifests_only_by_their_suffix(folder):

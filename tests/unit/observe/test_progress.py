@@ -22,6 +22,15 @@ def test_plain_lines(monkeypatch):
     ]
 
 
+def test_a_first_report_that_nothing_is_done_yet(monkeypatch):
+    clock = iter([0.0, 7.0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    output = io.StringIO()
+    with progress("preprocess", 40, "bytes", Console(file=output)) as advance:
+        advance(0)
+    assert output.getvalue().splitlines() == ["preprocess: 0/40 bytes | 0.0 bytes/s | ETA unknown"]
+
+
 def test_a_total_that_becomes_known(monkeypatch):
     clock = iter([0.0, 5.0, 10.0, 11.0])
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))

@@ -8,8 +8,7 @@ from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan import DecoderShape
 from megatron_ext.plan.memory import rank_memory
-from tests.support.distributed import run_distributed
-from tests.support.memory import LAYOUT, SEQ_LENGTH, measure, measure_all
+from tests.support.memory import LAYOUT, SEQ_LENGTH, measure_all
 
 # No two widths equal, so that no formula is right by taking one for another.
 MODEL = {
@@ -56,16 +55,14 @@ PEAK_BOUND = 0.05
 
 
 @pytest.fixture(scope="module")
-def measured():
+def measured(ranks):
     """(world size, case) -> bytes by kind on the fullest rank."""
     found = {}
     for world_size, cases in CASES.items():
         rows = [(parallel, MODEL | model, precision, size) for parallel, model, precision, size in cases.values()]
-        by_rank = (
-            [[measure(*row) for row in rows]] if world_size == 1 else run_distributed(measure_all, world_size, rows)
-        )
-        for name, ranks in zip(cases, zip(*by_rank, strict=True), strict=True):
-            found[world_size, name] = {kind: max(rank[kind] for rank in ranks) for kind in ranks[0]}
+        by_rank = ranks.run(measure_all, world_size, rows)
+        for name, found_by in zip(cases, zip(*by_rank, strict=True), strict=True):
+            found[world_size, name] = {kind: max(rank[kind] for rank in found_by) for kind in found_by[0]}
     return found
 
 

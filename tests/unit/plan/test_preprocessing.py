@@ -16,6 +16,8 @@ from tools import preprocess_data
 
 RATES = {
     "filter_pictures_per_second": 10.0,
+    "cluster_hashes_per_second": 1_000_000.0,
+    "divide_samples_per_second": 10_000.0,
     "tokenize_pictures_per_second": 50.0,
     "ids_per_second": 4_000_000.0,
     "text_megabytes_per_second": 20.0,
@@ -27,7 +29,8 @@ def test_a_billion_pictures_by_hand():
     plan = make_plan(PlanConfig(kept_share=0.5, text_gigabytes=1000, **RATES))
     stages = {stage.name: stage for stage in plan.stages}
     assert list(stages) == [
-        "curate pictures", "tokenize pictures", "documents of media", "documents of text", "merge",
+        "curate pictures", "tokenize pictures", "cluster duplicates", "divide media", "documents of media",
+        "documents of text", "merge",
     ]  # fmt: skip
     # BOS, 60 ids of caption, SOV, 64*64 in five ids, SOT, 64 rows of 65, EOF, EOV, EOS
     ids = 1e9 * (1 + 60 + 1 + 5 + 1 + 64 * 65 + 1 + 1 + 1)
@@ -38,6 +41,11 @@ def test_a_billion_pictures_by_hand():
     assert curate.array_size == 1000 and curate.task_hours == pytest.approx(55_555.6 / 8 / 1000, rel=1e-4)
     assert tokenize.device_hours == pytest.approx(5555.6, rel=1e-4) and tokenize.array_size == 1000
     assert tokenize.hours == pytest.approx(8 * 5.5556, rel=1e-4)  # 1,000 tasks, 128 at once
+    cluster, divide = stages["cluster duplicates"], stages["divide media"]
+    assert cluster.amount == 2e9 and cluster.array_size == 1  # tables hold the raw pictures; one core, once
+    assert cluster.hours == cluster.device_hours == pytest.approx(2e9 / 1e6 / 3600)
+    assert divide.device_hours == pytest.approx(1e9 / 1e4 / 3600) and divide.array_size == 1
+    assert divide.hours == pytest.approx(1e9 / 1e4 / 3600 / 8)  # on the 8 cores of one task
     assert stages["documents of media"].device_hours == pytest.approx(ids / 4e6 / 3600)
     assert stages["documents of text"].array_size == 1
     assert stages["documents of text"].hours == pytest.approx(1.736, rel=1e-3)
@@ -51,6 +59,11 @@ def test_what_there_is_none_of_is_not_planned():
         PlanConfig(pictures=0, text_gigabytes=4, text_megabytes_per_second=20, merge_megabytes_per_second=0)
     )
     assert [stage.name for stage in plan.stages] == ["documents of text"]
+    without = {**RATES, "cluster_hashes_per_second": 0.0, "divide_samples_per_second": 0.0}
+    names = [stage.name for stage in make_plan(PlanConfig(**without)).stages]
+    assert names == ["curate pictures", "tokenize pictures", "documents of media", "merge"]
+    with pytest.raises(InputError, match="cluster_hashes_per_second is not given: measure it"):
+        make_plan(PlanConfig(**{**RATES, "cluster_hashes_per_second": None}))
     with pytest.raises(InputError, match="tokenize_clips_per_second is not given: measure it"):
         make_plan(PlanConfig(clips=5, **RATES))
     with pytest.raises(InputError, match="task_hours 0"):

@@ -92,6 +92,20 @@ def test_precision_and_shape_are_checked_for_gpus(capsys):
         assert named in " ".join(capsys.readouterr().out.split())
 
 
+def test_auto_is_planned_as_what_it_can_become(capsys):
+    auto = ["--runtime.precision", "auto", "--dry_run", "--world_size", "128"]
+    assert "weights 15.8 bf16 (auto on a GPU) gradients" in printed(capsys, *auto)
+    on_cpu = printed(capsys, *auto, "--runtime.device", "cpu")
+    assert "fp32 (auto: bf16 where the CPU multiplies it, else fp32; this one takes more)" in on_cpu
+    cpu = ["--dry_run", "--world_size", "128", "--runtime.device", "cpu", "--runtime.precision"]
+    peaks = {
+        name: float(re.search(r"peak ([\d.]+)", printed(capsys, *cpu, name))[1]) for name in ("auto", "fp32", "bf16")
+    }
+    assert peaks["auto"] == peaks["fp32"] > peaks["bf16"]
+    layouts = printed(capsys, "--suggest", "--world_size", "128").partition("Layouts")[2]
+    assert printed(capsys, *auto, "--suggest").partition("Layouts")[2] == layouts != ""
+
+
 def test_too_large_for_the_gpu(capsys):
     assert "does not fit into 43.2 GiB, 90% of a GPU's 48" in printed(
         capsys, "--dry_run", "--world_size", "128", "--memory_gib", "48"

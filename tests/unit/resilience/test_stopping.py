@@ -10,7 +10,6 @@ from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.resilience import Stopping, StopRequest
 from megatron_ext.runtime import Topology
-from tests.support.distributed import run_distributed
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +60,8 @@ def test_a_signal_before_the_run_could_listen(topology, tmp_path):
         signal.signal(signal.SIGTERM, previous)
 
 
-def test_all_ranks_stop_where_one_was_told(tmp_path):
-    assert run_distributed(reasons, 2, tmp_path) == ["SIGTERM", "SIGTERM"]
+def test_all_ranks_stop_where_one_was_told(ranks, tmp_path):
+    assert ranks.run(reasons, 2, tmp_path) == ["SIGTERM", "SIGTERM"]
 
 
 def reasons(folder):

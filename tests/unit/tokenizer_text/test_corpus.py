@@ -90,16 +90,21 @@ def test_captions_of_folders_and_tars(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for file in sorted(folder.iterdir()):
             tar.add(file, f"tar/{file.name}")
+    (folder / "c.png").symlink_to("gone.png")
     bad = BadSamples(1)
     found = _documents(captions=(str(folder), f"{tmp_path}/*.tar"), bad=bad)
     assert found == ["a cat", "一只猫"] * 2
-    assert [source for source, _ in bad.samples] == [f"{folder}/b.png", f"{tmp_path}/shard.tar:tar/b.png"]
+    assert [source for source, _ in bad.samples] == [
+        f"{folder}/b.png",
+        f"{folder}/c.png",  # what cannot be used is skipped and named, here as in all programs
+        f"{tmp_path}/shard.tar:tar/b.png",
+    ]
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("none.txt", None, "input .* matches no file"),
+        ("none.txt", None, "input .*none.txt' is missing"),
         ("broken.txt.gz", b"no", "cannot read text .*broken.txt.gz: Not a gzipped file"),
     ],
 )

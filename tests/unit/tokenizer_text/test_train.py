@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,67 @@ def _trained_on(lines: list[str], digest: str) -> set[str]:
     return set(kept)
 
 
+def _trained(lines: list[str], tmp_path: Path, **options: object) -> Vocabulary:
+    """The vocabulary of a model that the program trained on lines of plain text."""
+    (tmp_path / "corpus.txt").write_text("\n".join(lines), encoding="utf-8")
+    output = tmp_path / "text.model"
+    options = {"vocab_size": 300, "held_out_fraction": 0} | options
+    main([f"--input=[{tmp_path}/corpus.txt]", f"--output={output}", *(f"--{k}={v}" for k, v in options.items())])
+    return Vocabulary.load(VocabConfig(layout="custom", text_tokenizer=str(output), codebook_size=16))
+
+
+CHINESE = (ROOT / "examples/media/text/chinese.txt").read_text(encoding="utf-8").split("\n")[:40]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize(
+    "vocab_size, lines",
+    [
+        (700, [line.translate(dict.fromkeys(map(ord, " 0123456789*"))) for line in CHINESE]),
+        (288, ["the\tcat\tsat\ton\ta\tred\tmat\tin\told\train\twith\tgrey\tdogs\tunder\ttrees"] * 20),
+        (279, ["short", "a", "lines"]),
+    ],
+    ids=["Chinese", "tabs", "short"],
+)
+def test_what_the_corpus_lacks_has_ids_all_the_same(
+    tmp_path: Path, vocab_size: int, lines: list[str], model_type: str
+) -> None:
+    """Space, digits and `*`."""
+    vocabulary = _trained(lines, tmp_path, vocab_size=vocab_size, model_type=model_type, character_coverage=0.98)
+    for text in (*ADVERSARIAL, *lines):
+        assert vocabulary.text.decode(vocabulary.text.encode(text)) == text
+    assert [len(vocabulary.text.encode(character)) for character in " 0123456789*"] == [1] * 12
+
+
+def test_lines_with_a_reserved_character_are_trained_on(tmp_path: Path) -> None:
+    vocabulary = _trained(["bar \u2585\u2585 line", "\u2585foo"] * 100, tmp_path, vocab_size=285)
+    pieces = vocabulary.text.pieces()
+    assert b"bar" in pieces and any(b"foo" in piece for piece in pieces)
+    assert vocabulary.text.decode(vocabulary.text.encode("bar \u2585")) == "bar \u2585"
+
+
+@pytest.mark.parametrize("line", ["\u2585", "2024 12*31", "\0\0", "\u2581 \u2581"])
+def test_a_corpus_without_letters_is_refused(tmp_path: Path, line: str) -> None:
+    with pytest.raises(InputError, match="digits, spaces and control characters alone"):
+        _trained([line] * 3, tmp_path)
+
+
+def test_what_cannot_be_written_is_said_before_anything_is_read(corpus: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "taken.json").mkdir()
+    for output in ("/dev/null/x.model", tmp_path, tmp_path / "taken.model", "/proc/x.model"):
+        with pytest.raises(InputError, match="output: cannot write"):
+            main(_arguments(corpus, output))
+    assert "read" not in capsys.readouterr().out and sorted(os.listdir(tmp_path)) == ["corpus", "taken.json"]
+
+
+def test_a_model_is_kept_whatever_happens_behind_it(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tokenizer_train.text.train.measure", lambda *given: 1 / 0)
+    output = tmp_path / "text.model"
+    with pytest.raises(ZeroDivisionError):
+        main(_arguments(corpus, output, held_out_fraction=0.5))
+    assert SentencePieceTokenizer(output).size == 310
+
+
 def test_digits_are_split() -> None:
     lines = ("2024 1024 1024 512*512 512*512 a**b cat**dog",) * 50
     config = TextTokenizerTrainConfig(input=("unused",), output="unused", vocab_size=280)
@@ -148,13 +210,15 @@ def test_same_texts_same_bytes(corpus: Path, tmp_path: Path) -> None:
     "options, message",
     [
         ({"vocab_size": 100000}, r"vocab_size 100000 is too large for this corpus: use at most \d+"),
-        ({"vocab_size": 100}, r"vocab_size 100 is too small: .* are \d+ pieces"),
+        ({"vocab_size": 270}, r"vocab_size 270 is too small: .* are \d+ pieces"),
+        *(({"vocab_size": size}, rf"vocab_size {size}: must be at least 270") for size in (-5, 0, 269)),
+        ({"vocab_size": 10**11}, "vocab_size 100000000000: must be at most 16,777,216"),
         ({"character_coverage": 0.5}, "character_coverage 0.5: must be at least 0.98"),
         ({"model_type": "word"}, "model_type"),
         ({"held_out_fraction": 1}, "held_out_fraction 1.0: must be below 1"),
         ({"sample_bytes": 0}, "sample_bytes 0: must be at least 1"),
         ({"input": "[]"}, "input and captions are both empty"),
-        ({"captions": "[none/*.tar]"}, "captions 'none/\\*.tar' matches nothing"),
+        ({"captions": "[none/*.tar]"}, "captions 'none/\\*.tar' matches no file and no folder"),
     ],
 )
 def test_bad_options(corpus: Path, tmp_path: Path, options: dict, message: str) -> None:

@@ -6,7 +6,6 @@ import torch
 
 from megatron_ext.config import InputError
 from megatron_ext.vision.quantizer import VectorQuantizer, nearest_codes
-from tests.support.distributed import run_distributed
 from tokenizer_train.vision.codebook import (
     ALONE,
     CodebookKeeper,
@@ -67,15 +66,15 @@ def look_after_on_a_rank(updates: list[str]) -> list[list[dict]]:
         return [look_after(Replicas(topology), update) for update in updates]
 
 
-def test_two_ranks_do_what_one_does():
+def test_two_ranks_do_what_one_does(ranks):
     updates = ["gradient", "ema"]
-    ranks = run_distributed(look_after_on_a_rank, 2, updates)
+    found_by_rank = ranks.run(look_after_on_a_rank, 2, updates)
     for index, update in enumerate(updates):
         alone = look_after(ALONE, update)
         assert any("codes_restarted" in found.get("line", {}) for found in alone)
         moved = [not torch.equal(alone[i]["codes"], alone[i + 1]["codes"]) for i in range(len(alone) - 1)]
         assert moved == ([True] * 6 if update == "ema" else [False, True, False, moved[3], False, False])
-        for rank in ranks:
+        for rank in found_by_rank:
             for mine, joined in zip(rank[index], alone, strict=True):
                 assert mine.get("line") == joined.get("line")
                 for name in set(joined) - {"line"}:

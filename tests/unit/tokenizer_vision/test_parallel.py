@@ -19,7 +19,7 @@ from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.files import read_json_lines
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import load_vision_tokenizer, save_vision_tokenizer
-from tests.support.distributed import Ranks, use_next_store
+from tests.support.distributed import use_next_store
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -45,13 +45,9 @@ def stopped(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def walked(stopped):
+def walked(ranks, stopped):
     """What each of two ranks found on its walk."""
-    ranks = Ranks()
-    try:
-        yield ranks.run(walk, 2, stopped)
-    finally:
-        ranks.close()
+    return ranks.run(walk, 2, stopped)
 
 
 def walk(folder: Path) -> dict[str, Any]:

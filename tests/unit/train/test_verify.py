@@ -37,6 +37,15 @@ def test_the_layout_stays_and_the_model_shrinks():
     assert (shape.attention_dropout, shape.hidden_dropout) == (0.0, 0.0)
 
 
+def test_buckets_stay_several_and_padded():
+    """At a width that 128 divides none would be padded, and megatron-core's own size would be one bucket."""
+    parallel = dataclasses.replace(EMU3_STAGE_2.parallel, overlap_grad_reduce=True, bucket_size=10**7)
+    small = narrow(dataclasses.replace(EMU3_STAGE_2, parallel=parallel), WORLD_SIZE, steps=5)
+    validate(small, WORLD_SIZE)
+    assert small.parallel == dataclasses.replace(parallel, bucket_size=1)
+    assert DecoderShape.of(small.model).hidden_size == 96
+
+
 def test_a_small_model_keeps_its_shape():
     model = ModelConfig(num_layers=1, hidden_size=32, ffn_hidden_size=48, num_attention_heads=2, num_query_groups=2)
     train = dataclasses.replace(EMU3_STAGE_2.train, seq_length=36, micro_batch_size=2, global_batch_size=2)

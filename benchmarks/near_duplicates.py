@@ -1,0 +1,90 @@
+"""Clusters of near-duplicates and the held-out side of pictures at scale: `python benchmarks/near_duplicates.py`.
+
+Draws perceptual hashes, of which a share are near an earlier one, and times their clusters on one core. Then draws as
+many samples, and rows that show several of them, and times the division into training and held-out ones. Writes JSON,
+which preprocess_data.py --plan reads.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_ext.config import load, run_program
+from megatron_ext.data.held_out import Media, References, held_out_keys
+from megatron_ext.data.near_duplicates import PictureClusters, clusters
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Time clusters of near-duplicates and the held-out split."""
+
+    hashes: int = 10_000_000
+    """Pictures."""
+
+    near: float = 0.2
+    """Share of them that are near-duplicates of others."""
+
+    distance: int = 4
+    """Bits in which near-duplicates differ at most, as preprocess_data.py's duplicate_distance."""
+
+    pictures_of_a_row: int = 3
+    """Pictures that a row shows; there are as many rows as fill all pictures once."""
+
+    output: str = "runs/benchmarks/near_duplicates.json"
+    """Where the figures go."""
+
+
+def draw_hashes(config: BenchmarkConfig, rng: np.random.Generator) -> np.ndarray:
+    """Hashes as curation writes them, half of the bits set: random ones, and some moved by up to `distance` bits."""
+    hashes_N = np.zeros(config.hashes, np.uint64)
+    for first in range(0, config.hashes, 1 << 16):
+        count = min(1 << 16, config.hashes - first)
+        ranks = rng.random((count, 64), dtype=np.float32).argpartition(31, axis=1)
+        bits = np.zeros((count, 64), np.uint8)
+        np.put_along_axis(bits, ranks[:, :32], 1, axis=1)
+        hashes_N[first : first + count] = np.packbits(bits, axis=1).view(np.uint64)[:, 0]
+    moved = rng.random(config.hashes) < config.near
+    hashes_N[moved] = hashes_N[rng.integers(0, config.hashes, moved.sum())]
+    for _ in range(config.distance):
+        flip = np.where(moved, np.uint64(1) << rng.integers(0, 64, config.hashes).astype(np.uint64), np.uint64(0))
+        hashes_N ^= flip
+    return hashes_N
+
+
+def main(argv: list[str]) -> None:
+    """Run the program with the arguments after its name."""
+    config = load(BenchmarkConfig, argv, prog="benchmarks/near_duplicates.py")
+    rng = np.random.default_rng(0)
+    hashes_N = draw_hashes(config, rng)
+    started = time.perf_counter()
+    clusters_N = clusters(hashes_N, config.distance)
+    clustering = time.perf_counter() - started
+    keys_N = np.sort(rng.integers(0, 1 << 63, config.hashes).astype(np.uint64))
+    media = Media(keys_N, rng.permutation(keys_N), rng.random(config.hashes))
+    rows = config.hashes // config.pictures_of_a_row
+    references = References(
+        rng.permutation(keys_N)[: rows * config.pictures_of_a_row], np.full(rows, config.pictures_of_a_row)
+    )
+    started = time.perf_counter()
+    held_out = held_out_keys(media, references, PictureClusters(keys_N, clusters_N), 0.001)
+    dividing = time.perf_counter() - started
+    figures = {
+        "hashes": config.hashes,
+        "clusters": len(np.unique(clusters_N)),
+        "cluster_seconds": clustering,
+        "divide_seconds": dividing,
+        "held_out_share": len(held_out) / config.hashes,
+        "cluster_hashes_per_second": config.hashes / clustering,
+    }
+    print(f"{config.hashes:,} hashes, {figures['clusters']:,} clusters in {clustering:.1f} s")
+    print(f"{rows:,} rows divided in {dividing:.1f} s, {figures['held_out_share']:.3%} of pictures held out")
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_program(main)
