@@ -15,6 +15,7 @@ import yaml
 from PIL import Image as Picture
 
 from megatron_ext.config import load, run_program
+from megatron_ext.config.section import Name, Section
 from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.packing import PackingRules, pack
 from megatron_ext.data.sources import TokenizedFolder
@@ -33,13 +34,13 @@ SPAN = 15  # steps over which curves are averaged
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartReportConfig:
+class QuickstartReportConfig(Section):
     """Write the quickstart's report."""
 
-    run: str = "runs/quickstart"
+    run: Name = "runs/quickstart"
     """Folder that the quickstart filled."""
 
-    media: str = "examples/media"
+    media: Name = "examples/media"
     """Folder of the pictures it used."""
 
 

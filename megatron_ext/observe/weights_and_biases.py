@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import replacing
-from megatron_ext.observe.writers import flat
+from megatron_ext.observe.writers import counted, flat
 
 ID_FILE = "wandb_run_id"
 
@@ -59,7 +59,7 @@ class WeightsAndBiases:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
-        numbers = {name: value for name, value in flat(record).items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in flat(counted(record)).items() if isinstance(value, int | float)}
         self._log({name: value for name, value in numbers.items() if name != "step"}, record["step"])
 
     def truncate_after(self, step: int) -> None:

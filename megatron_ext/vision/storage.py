@@ -78,7 +78,10 @@ def _config(fields: dict[str, Any], path: Path) -> VisionTokenizerConfig:
         raise InputError(f"{path}: model_type {fields.get('model_type')!r} must be {expected!r} without double_z")
     known = {field.name for field in dataclasses.fields(VisionTokenizerConfig)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
-    return VisionTokenizerConfig(**values)
+    try:
+        return VisionTokenizerConfig(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _origin(fields: dict[str, Any], path: Path) -> CodesOrigin | None:
