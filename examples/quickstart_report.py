@@ -141,7 +141,7 @@ class Gallery:
     def right_pictures(self, cards: list[Card]) -> int:
         """How many came out as trained, code for code. Pixels would tell of the decoding too, whose last bits depend on
         the CPU and on what else is in a batch."""
-        return sum(card.texts["codes as trained"].startswith("all ") for card in cards)
+        return sum(card.texts["codes of the original"].startswith("all ") for card in cards)
 
     def right_captions(self, cards: list[Card]) -> int:
         """How many are captioned as trained, in either language."""
@@ -157,7 +157,7 @@ class Gallery:
         texts["model's caption"] = self._written[path.stem].strip() or "(none)"
         drawn_HW = np.load(self._drawn[caption].with_suffix(".codes.npy"))
         right = int((drawn_HW == self._codes[path.stem]).sum())
-        texts["codes as trained"] = f"all {right}" if right == drawn_HW.size else f"{right} of {drawn_HW.size}"
+        texts["codes of the original"] = f"all {right}" if right == drawn_HW.size else f"{right} of {drawn_HW.size}"
         pictures = {
             "original": Picture.fromarray(self._fit(decode_picture(path.read_bytes()))),
             "reconstruction": self._decoded[path.stem][0],

@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config import InputError, load, reason_of, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.section import Count, Name, Positive, Section
 from megatron_ext.files import check_file, read_json_lines
@@ -251,7 +251,7 @@ def _event_row(event: dict[str, Any]) -> list[str]:
     known = ("event", "time", "step", "documents", "config", "provenance", "environment")
     rest = ", ".join(f"{name} {value}" for name, value in event.items() if name not in known)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"]))
-    return [when, event["event"], str(event.get("step", "")), rest[:300]]
+    return [when, event["event"], str(event.get("step", "")), reason_of(rest)]
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from megatron_ext.config.errors import InputError
+from megatron_ext.config.errors import InputError, one_line
 from megatron_ext.config.yaml_file import refuse_broken_yaml
 
 Config = TypeVar("Config")
@@ -121,13 +121,9 @@ def _named(fault: str, section: str, key: str) -> str:
     return re.sub(rf"\b(?<!\.){section}\.", f"{key}.", fault)
 
 
-def _one_line(message: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", message.strip())
-
-
 def _explain(message: str, config_type: type) -> str:
     """jsonargparse's message on one line, with the nearest known key when it names an unknown one."""
-    message = _one_line(message)
+    message = one_line(message)
     message = re.sub(r"Problem with given class_path '[^']*': ", "", message)
     message = re.sub(
         r"Not a valid subclass of (\w+)\. (Got value: .*) Subclass types expect.*", r"Expected fields. \2", message

@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.config.section import Count, Name, NonNegative, Positive, Section
 
 LARGEST_WAIT_S = 60.0
@@ -141,11 +141,11 @@ class CaptionServer:
             if status in (401, 403, 404):
                 raise InputError(
                     f"server.base_url = {self._config.base_url}: HTTP {status} for model {self._config.model!r} "
-                    f"({_one_line(error)}): correct server.base_url, server.model or the key in "
+                    f"({reason_of(error)}): correct server.base_url, server.model or the key in "
                     f"${self._config.api_key_env}"
                 ) from None
             if status < 500 and status not in (408, 409, 425, 429):
-                raise Unanswered(f"the server refuses it: HTTP {status} ({_one_line(error)})") from None
+                raise Unanswered(f"the server refuses it: HTTP {status} ({reason_of(error)})") from None
             return f"HTTP {status}"
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             return f"no answer within {self._config.timeout_s:g} s"
@@ -172,7 +172,3 @@ class CaptionServer:
             except ValueError:  # a date, which no server of this protocol sends
                 pass
         return min(wait, LARGEST_WAIT_S)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

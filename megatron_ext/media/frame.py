@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import MAX_PIXELS
 
@@ -24,7 +25,7 @@ def faults() -> Iterator[None]:
     except (MediaError, MemoryError):
         raise
     except Exception as error:
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable clip ({reason_of(error)})") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +67,10 @@ class Frame:
         self.stamp = stamp
         self.orientation = Orientation.of(decoded)
         self.pixel_aspect = pixel_aspect
-        self._square = decoded.height, max(1, round(decoded.width * pixel_aspect))
-        for height, width in ((decoded.height, decoded.width), self._square):
-            if height * width > MAX_PIXELS:
-                raise MediaError(f"{height}x{width} pixels: more than {MAX_PIXELS}")
+        # The shorter side of a pixel grows: nothing is lost.
+        self._square = round(decoded.height * max(1, 1 / pixel_aspect)), round(decoded.width * max(1, pixel_aspect))
+        if self._square[0] * self._square[1] > MAX_PIXELS:
+            raise MediaError(f"{self._square[0]}x{self._square[1]} pixels: more than {MAX_PIXELS}")
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,7 +80,7 @@ class Frame:
     @property
     def is_shown_as_stored(self) -> bool:
         """Whether nothing has to be turned, mirrored or stretched."""
-        return self.orientation == Orientation() and self._square[1] == self.decoded.width
+        return self.orientation == Orientation() and self._square == (self.decoded.height, self.decoded.width)
 
     def pixels(self, shorter_edge: int | None = None) -> np.ndarray:
         """RGB uint8 [H, W, C] as it is shown; reduced, where it is larger, to `shorter_edge`.
@@ -88,7 +89,7 @@ class Frame:
             MediaError: its pixels cannot be converted.
         """
         height, width = self._square
-        filter_name = "BILINEAR" if width == self.decoded.width else "BICUBIC"
+        filter_name = "BILINEAR" if self.pixel_aspect == 1 else "BICUBIC"
         if shorter_edge is not None and min(height, width) > shorter_edge:
             scale = shorter_edge / min(height, width)
             height, width, filter_name = round(height * scale), round(width * scale), "AREA"

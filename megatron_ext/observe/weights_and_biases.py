@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import replacing
 from megatron_ext.observe.writers import counted, flat
 
@@ -49,7 +49,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise InputError(
                 f"observe.wandb_project {project!r} cannot be written to ({reason}): run `wandb login`, set "
                 "WANDB_MODE=offline, or leave it empty"

@@ -76,8 +76,8 @@ class PlanConfig(Section):
     """Samples of a tar, as tokenize_vision.py is told."""
 
     rates: tuple[Name, ...] = ()
-    """List of JSON files with measured rates, under the names of the eight fields below (benchmarks/preprocess.py
-    writes one); a later file wins."""
+    """List of JSON files with measured rates, under the names of the eight fields below (benchmarks/preprocess.py and
+    near_duplicates.py write them); a later file wins."""
 
     filter_pictures_per_second: NonNegative | None = None
     """Pictures that curation judges per core; 0: no curation."""

@@ -34,8 +34,8 @@ class Norm(nn.GroupNorm):
 
     def forward(self, x_NCHW: Tensor, zq_NZhw: Tensor | None = None) -> Tensor:
         # torch's kernel for channels-last maps on a CPU adds x and x^2 of all pixels in one fp32 number each and takes
-        # E[x^2] - E[x]^2 for the variance: at 512 x 512, one code in twenty becomes another. Its backward pass takes
-        # 50 times as long as that of plain maps. On a GPU the forward pass makes maps plain anyway.
+        # E[x^2] - E[x]^2 for the variance: at 512 x 512 up to one code in twenty becomes another. Its backward pass
+        # takes 50 times as long as that of plain maps. On a GPU the forward pass makes maps plain anyway.
         if torch.is_grad_enabled():
             return super().forward(x_NCHW.contiguous())
         return self._of_channels_last(x_NCHW) if x_NCHW.device.type == "cpu" else super().forward(x_NCHW)

@@ -112,7 +112,8 @@ LIVES = {
 """Name -> what happens to a run, and the restarts of its job: a submission begins at 0."""
 
 
-@pytest.mark.parametrize("name", LIVES)
+# A group each: they wait for Slurm more than they compute, so workers with a cluster each lead them beside each other.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LIVES])
 def test_a_run_comes_to_its_end(runs, undisturbed, name):
     """Each time it goes on from the step that it saved last, and it ends as the undisturbed run does."""
     disturbances, restarts = LIVES[name]

@@ -17,7 +17,7 @@ from PIL import Image
 
 from megatron_ext.config import InputError
 from megatron_ext.curate.captions import ShownConfig, pieces_of, question
-from megatron_ext.curate.video import cut_evenly, evenly_spaced
+from megatron_ext.curate.spans import cut_evenly, evenly_spaced
 from megatron_ext.media import list_samples
 from tests.support.chat_server import MODEL, chat_server
 from tools import caption
@@ -252,6 +252,7 @@ def test_a_torn_line_is_asked_again_and_a_strange_file_is_refused(tmp_path, pict
             caption.main(arguments)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_loses_only_what_was_in_flight(tmp_path, pictures):
     in_flight = 2
     with chat_server(tmp_path, seconds=0.15) as asked:

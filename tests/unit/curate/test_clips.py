@@ -12,6 +12,7 @@ from megatron_ext.curate.clips import EncodingConfig, aesthetic_frames, clip_fil
 from megatron_ext.curate.scenes import ScenesConfig, split
 from megatron_ext.media.video import Video
 from tests.unit.curate.films import extent_of, film, shot
+from tests.unit.media.containers import encoded
 
 
 def numbered(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
@@ -74,7 +75,7 @@ def test_quality(tmp_path):
     _, span = parts_of(extent, 2)
     frames, _ = decoded(clip_file(extent, span, "mp4", EncodingConfig())[0])
     with Video(extent.open()) as video:
-        before = np.stack([frame.to_ndarray(format="rgb24") for frame in video.frames(span.first_stamp)])
+        before = np.stack([frame.pixels() for frame in video.frames(span.first_stamp)])
     error = np.square(frames.astype(float) - before).mean()
     assert 10 * np.log10(255**2 / error) > 36  # measured: 38.9 dB
     worse = clip_file(extent, span, "mp4", EncodingConfig(crf=40, preset="ultrafast"))[0]
@@ -104,6 +105,39 @@ def test_odd_sides_lose_a_row(tmp_path):
     span = parts_of(extent, 1.5)[1]
     frames, _ = decoded(clip_file(extent, span, "mkv", EncodingConfig())[0])
     assert frames.shape[1:3] == (62, 94) and numbers_of(frames) == list(range(8, 16))
+
+
+@pytest.mark.parametrize(
+    "matrix, full, turned, size",
+    [(1, False, True, (64, 96)), (1, False, False, (63, 95)), (1, True, True, (64, 96)), (5, True, False, (63, 95))],
+)
+def test_a_part_keeps_its_colours_turned_or_cut(tmp_path, matrix, full, turned, size):
+    """BT.709 and BT.601, limited and full range; a mark in the upper left corner, and pixels twice as wide as high."""
+    pixels = np.full((*size, 3), (30, 180, 60), np.uint8)
+    pixels[:16, :16] = 250
+
+    def prepare(stream):
+        stream.pix_fmt = "yuv444p"  # odd sides are not for 4:2:0
+        stream.codec_context.colorspace, stream.codec_context.color_range = matrix, 2 if full else 1
+        stream.codec_context.sample_aspect_ratio = Fraction(2)
+        if turned:
+            stream.set_display_rotation(90)
+
+    def convert(frame):
+        return frame.reformat(format="yuv444p", dst_colorspace=matrix, dst_color_range=2 if full else 1)
+
+    path = tmp_path / "film.mp4"
+    path.write_bytes(encoded([pixels] * 20, "mp4", rate=10, options={"qp": "0"}, prepare=prepare, convert=convert))
+    extent = extent_of(path)
+    content, _ = clip_file(extent, parts_of(extent, 1.5)[1], "mp4", EncodingConfig(crf=1))
+    with Video(extent.open()) as source, Video(io.BytesIO(content)) as clip:
+        before, after = (next(video.frames()).pixels().astype(int) for video in (source, clip))
+    even = [side - side % 2 for side in size]
+    assert after.shape[:2] == ((2 * even[1], even[0]) if turned else (even[0], 2 * even[1]))
+    mark = after[-8:, :8] if turned else after[:8, :8]
+    # Measured: 1 level of 255; BT.601 in place of BT.709 is 25 off.
+    assert np.abs(mark - 250).max() <= 4 and np.abs(after[40, 40] - before[40, 40]).max() <= 3
+    assert np.abs(after[40, 40] - (30, 180, 60)).max() <= 3
 
 
 def test_time_stamps_that_begin_late_and_jump(tmp_path):

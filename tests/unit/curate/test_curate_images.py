@@ -248,6 +248,7 @@ def test_aesthetic_scores_and_rescue(tmp_path):
     assert "Kept although below the aesthetic score" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """The main process is killed with its workers at work; the second start keeps the pieces that were finished."""
     pictures = tmp_path / "pictures"

@@ -154,7 +154,7 @@ def test_frames_are_turned_and_mirrored(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "aspect, is_turned, size", [("2/1", False, (64, 128)), ("1/2", False, (64, 32)), ("2/1", True, (128, 64))]
+    "aspect, is_turned, size", [("2/1", False, (64, 128)), ("1/2", False, (128, 64)), ("2/1", True, (128, 64))]
 )
 def test_pixels_become_square(aspect, is_turned, size, tmp_path):
     def prepare(stream: av.VideoStream) -> None:

@@ -18,6 +18,8 @@ from megatron_ext.vision import load_vision_tokenizer
 from tests.support.full_disk import no_file_beyond
 from tokenizer_train.vision import train
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
 OPTIONS = {

@@ -19,6 +19,8 @@ from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.step import TrainStep
 from tools import run_report
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/movqgan_tiny_cpu.yaml"
 

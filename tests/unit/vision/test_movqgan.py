@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from megatron_ext.config import InputError
+from megatron_ext.runtime.arithmetic import MULTIPLIERS
 from megatron_ext.vision import (
     CodesOrigin,
     MoVQGAN,
     VisionTokenizerConfig,
     from_uint8,
     load_vision_tokenizer,
+    movqgan,
     to_uint8,
 )
 from megatron_ext.vision.storage import save_vision_tokenizer
@@ -114,6 +116,27 @@ def test_save_and_load_is_exact(tmp_path):
     with torch.no_grad():
         model.decoder.conv_out.bias[0] += 1e-3
     assert loaded.identity != model.identity
+
+
+def test_codes_are_computed_in_full_fp32_and_the_identity_says_so(monkeypatch):
+    model = random_tokenizer()
+    pixels, clip = torch.rand(1, 3, 32, 32) * 2 - 1, torch.rand(1, 8, 3, 16, 16) * 2 - 1
+    expected, expected_clip, identity = model.encode(pixels), model.encode(clip), model.identity
+    seen = []
+    model.encoder.conv_in.register_forward_hook(lambda *_: seen.append([m.fp32_precision for m in MULTIPLIERS]))
+    model.decoder.conv_in.register_forward_hook(lambda *_: seen.append([m.fp32_precision for m in MULTIPLIERS]))
+    for multiplier, precision in zip(MULTIPLIERS, ("tf32", "tf32", "tf32", "bf16", "bf16"), strict=True):
+        monkeypatch.setattr(multiplier, "fp32_precision", precision)
+    assert torch.equal(model.encode(pixels), expected)
+    stream = model.encode_stream(clip.split(4, dim=1))
+    codes = [next(stream)]
+    assert torch.backends.mkldnn.conv.fp32_precision == "bf16", "as the process wants it, between pieces too"
+    assert torch.equal(torch.cat([*codes, *stream], dim=1), expected_clip)
+    model.decode(expected)
+    assert len(seen) == 4 and all(set(precisions) == {"ieee"} for precisions in seen)
+    assert [m.fp32_precision for m in MULTIPLIERS] == ["tf32", "tf32", "tf32", "bf16", "bf16"]
+    monkeypatch.setitem(movqgan.ARITHMETIC, "products", "tf32")
+    assert model.identity != identity
 
 
 def test_decoder_trained_alone_keeps_the_identity_of_its_codes(tmp_path):
