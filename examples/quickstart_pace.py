@@ -21,6 +21,7 @@ import psutil
 from megatron_ext.config import load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.section import Count, Name, Section
 from megatron_ext.data.batch import collate, slice_for_context
 from megatron_ext.data.windows import Window
 from megatron_ext.files import replacing
@@ -51,19 +52,19 @@ PROGRAM = "quickstart_pace.py"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PaceConfig:
+class PaceConfig(Section):
     """Time a few steps of the quickstart's trainings."""
 
-    tokenizer: str = "examples/movqgan_tiny_cpu.yaml"
+    tokenizer: Name = "examples/movqgan_tiny_cpu.yaml"
     """The vision tokenizer's training."""
 
-    decoder: str = "examples/tiny_cpu.yaml"
+    decoder: Name = "examples/tiny_cpu.yaml"
     """The decoder's."""
 
-    text_ids: int = 1000
+    text_ids: Count = 1000
     """Ids of the text tokenizer that is not there yet."""
 
-    output: str
+    output: Name
     """Where the seconds go."""
 
 

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image as Picture
 
 from megatron_ext.config import load, run_program
+from megatron_ext.config.section import Name, Section
 from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.packing import PackingRules, pack
 from megatron_ext.data.sources import TokenizedFolder
@@ -33,13 +34,13 @@ SPAN = 15  # steps over which curves are averaged
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuickstartReportConfig:
+class QuickstartReportConfig(Section):
     """Write the quickstart's report."""
 
-    run: str = "runs/quickstart"
+    run: Name = "runs/quickstart"
     """Folder that the quickstart filled."""
 
-    media: str = "examples/media"
+    media: Name = "examples/media"
     """Folder of the pictures it used."""
 
 
@@ -140,7 +141,7 @@ class Gallery:
     def right_pictures(self, cards: list[Card]) -> int:
         """How many came out as trained, code for code. Pixels would tell of the decoding too, whose last bits depend on
         the CPU and on what else is in a batch."""
-        return sum(card.texts["codes as trained"].startswith("all ") for card in cards)
+        return sum(card.texts["codes of the original"].startswith("all ") for card in cards)
 
     def right_captions(self, cards: list[Card]) -> int:
         """How many are captioned as trained, in either language."""
@@ -156,7 +157,7 @@ class Gallery:
         texts["model's caption"] = self._written[path.stem].strip() or "(none)"
         drawn_HW = np.load(self._drawn[caption].with_suffix(".codes.npy"))
         right = int((drawn_HW == self._codes[path.stem]).sum())
-        texts["codes as trained"] = f"all {right}" if right == drawn_HW.size else f"{right} of {drawn_HW.size}"
+        texts["codes of the original"] = f"all {right}" if right == drawn_HW.size else f"{right} of {drawn_HW.size}"
         pictures = {
             "original": Picture.fromarray(self._fit(decode_picture(path.read_bytes()))),
             "reconstruction": self._decoded[path.stem][0],

@@ -26,6 +26,7 @@ import matplotlib
 from PIL import Image
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Name, Number, Positive, Section
 from megatron_ext.files import read_json_lines, replacing
 from megatron_ext.observe.writers import duration
 
@@ -64,20 +65,20 @@ COLUMNS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProofConfig:
+class ProofConfig(Section):
     """Fetch real media, train a small vision tokenizer twice, evaluate both, write docs/tokenizer_proof."""
 
     fresh: bool = False
     """Train anew; fetched media stay."""
 
-    minutes: float = 57.0
+    minutes: Positive = 57.0
     """Minutes that each of the two tokenizers trains, the part that they share included; the hour of the aim less what
     steps may turn out slower than in the trial."""
 
-    num_threads: int = 0
+    num_threads: Number = 0
     """CPU threads of the trainings; 0 takes all cores."""
 
-    python: str = sys.executable
+    python: Name = sys.executable
     """Interpreter that runs the programs."""
 
 

@@ -42,7 +42,8 @@ class _WithoutCompiler(MetaPathFinder):
 
     Otherwise megatron-core hands functions to torch.compile while it is imported, which imports the compiler: 2.4 of
     the 5.4 s of CPU that every program and every rank took to start, for fusions that no run on a CPU asks for
-    (model/emu3.py). So in megatron/core/jit.py of 0.16.1 and 0.19.2.
+    (model/emu3.py). So in megatron/core/jit.py of 0.16.1 and 0.19.2; but 0.19.2 names torch.compile a second time
+    (transformer/moe/router.py:918), and imports the compiler nevertheless.
     """
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:

@@ -1,7 +1,7 @@
 #!/bin/bash
 # A shell on nodes of your own, set up as the jobs are; options are salloc's.
 #   bash slurm/interactive.sh -N 1 --time 1:00:00
-#   then, say: $PYTHON -m torch.distributed.run --standalone --nproc-per-node 8 pretrain_emu3.py --config FILE
+#   then, say: $PYTHON -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node 8 pretrain_emu3.py --config FILE
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . slurm/job.sh

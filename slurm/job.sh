@@ -6,8 +6,17 @@ fail() {
     exit 2
 }
 
-# in_queue: whether this is the job, and not the login node.
-in_queue() { [ -n "${SLURM_JOB_ID-}" ]; }
+# in_queue: whether this is the job, and not somebody who submits it. SLURM_JOB_ID does not tell: it is set in every
+# shell inside an allocation, too (salloc, an editor or a tmux on a node).
+in_queue() { [ "${0##*/}" = slurm_script ]; }
+
+# What such a shell inherited speaks of its own allocation: sbatch would hand it on to the job, whose srun would take it
+# for its own.
+if ! in_queue; then
+    for name in "${!SLURM_@}"; do
+        case $name in SLURM_CONF | SLURM_CONF_SERVER | SLURM_JWT) ;; *) unset "$name" ;; esac
+    done
+fi
 
 # JOB: this job, and no other. One task of an array has the number of the array, by which Slurm means all tasks.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID-}}

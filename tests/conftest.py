@@ -1,17 +1,33 @@
 """Under CI nothing is skipped; which tests run beside which; what tests of several folders share."""
 
 import os
+import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-# Before torch is imported: ranks and programs would otherwise fight for the cores, and sums have another order.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.support.distributed import Ranks
+
+# What the tests inherit and a program would obey: an allocation that they were started in, the ranks of another
+# torchrun, how a terminal shows text.
+FOREIGN = ("COLUMNS", "EMU3_", "FORCE_COLOR", "LOCAL_", "MASTER_", "RANK", "SBATCH_", "SLURM_", "TORCHELASTIC_",
+           "TTY_COMPATIBLE", "WANDB_", "WORLD_SIZE")  # fmt: skip
+
+
+def pytest_configure() -> None:
+    """Wherever the tests are started, they and the programs that they start meet the same."""
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    # Ranks and programs would otherwise fight for the cores, and sums have another order.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ignored in jobs in the background and under many CI runners.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 settings.register_profile("without a clock", deadline=None)  # the first example of a test may import half of torch
 settings.load_profile("without a clock")
@@ -39,18 +55,26 @@ def pytest_make_collect_report(collector):
     return report
 
 
+HERE = Path(__file__).parent
 FIRST = ("distributed", "integration", "parity", "tokenizer_vision", "vision", "curate")
 """Folders whose files take longest: two workers that begin with them end together."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the mark in this hook
+SLOW = {"distributed", "integration", "mutants", "parity"}
+"""Folders that `make test-fast` leaves out; elsewhere the tests say it themselves."""
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist, and the choice by marks, read them in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, a file stays together, for its fixtures' sake, and all that use ranks are one group: those
-    processes are started once."""
+    processes are started once. What has a group of its own keeps it."""
     with_ranks = {item.path for item in items if "ranks" in item.fixturenames}
     for item in items:
-        group = "ranks" if item.path in with_ranks else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("xdist_group") is None:
+            group = "ranks" if item.path in with_ranks else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+        if "ranks" in item.fixturenames or SLOW & {*item.path.relative_to(HERE).parts}:
+            item.add_marker(pytest.mark.slow)
 
     def place(item: pytest.Item) -> tuple[bool, int]:
         folders = [FIRST.index(part) for part in item.path.parts if part in FIRST]

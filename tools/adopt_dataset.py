@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Count, Name, Section
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.data.adopt import Adoption, NotDocuments
 from megatron_ext.data.indexed import DocumentDataset
@@ -21,25 +22,21 @@ from megatron_ext.vocab import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdoptConfig:
+class AdoptConfig(Section):
     """Make Megatron's .bin and .idx that others wrote datasets: check them, write what they lack beside them."""
 
-    prefix: tuple[str, ...]
+    prefix: tuple[Name, ...]
     """List of paths without suffix."""
 
     vocab: VocabConfig = field(default_factory=VocabConfig)
     """Which ids mean what."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer that made the visual ids, or its identity as a manifest has it; empty: there are
     none."""
 
-    workers: int = 1
+    workers: Count = 1
     """Processes that check documents."""
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise InputError(f"workers = {self.workers}: give at least 1")
 
 
 def adopt(config: AdoptConfig) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
+from megatron_ext.config.section import Count, Name, Share
 from megatron_ext.curate.caption_journal import CaptionJournal
 from megatron_ext.curate.caption_server import CaptionServer, ServerConfig
 from megatron_ext.curate.captioning import Captioning, finished_record
 from megatron_ext.curate.captions import ShownConfig
 from megatron_ext.curate.inputs import pieces_of
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
@@ -25,10 +27,10 @@ from megatron_ext.observe.progress import progress
 class CaptionConfig(ShardConfig):
     """Caption pictures and clips: folders, WebDataset tars or manifests in, JSON lines out."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders of media files, WebDataset tars, manifests, single files, and patterns of these."""
 
-    output: str
+    output: Name
     """Folder for captions-IIIII-of-NNNNN.jsonl and, beside it, the answers as they come (.answers.jsonl)."""
 
     server: ServerConfig
@@ -37,20 +39,19 @@ class CaptionConfig(ShardConfig):
     shown: ShownConfig = field(default_factory=ShownConfig)
     """What the model is shown."""
 
-    decoders: int = 4
+    decoders: Count = 4
     """Threads that read, decode and shrink media."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of the samples that may end without a usable answer; more of them stop."""
 
     overwrite: bool = False
     """Remove the answers that output holds when they were made with other options; false refuses."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.inputs:
             raise InputError("inputs is empty: give folders or tars of media")
-        if self.decoders < 1:
-            raise InputError(f"decoders = {self.decoders}: must be positive")
 
 
 def settings(config: CaptionConfig) -> dict:
@@ -62,6 +63,7 @@ def settings(config: CaptionConfig) -> dict:
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CaptionConfig, argv, prog="caption")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Name, NonNegative, Section
 from megatron_ext.observe.compare import Comparison, History, Pair, compare
 from megatron_ext.observe.writers import plain
 
@@ -19,24 +20,20 @@ _MOST_ROWS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig:
+class CompareConfig(Section):
     """Compare two runs: metrics, configuration, data, environment. The folders may stand first, without --a and --b."""
 
-    a: str
+    a: Name
     """Folder of the first run."""
 
-    b: str
+    b: Name
     """Folder of the second run."""
 
-    tolerance: float = 1e-4
+    tolerance: NonNegative = 1e-4
     """Largest relative difference of a metric up to which runs are close; whole numbers must be equal."""
 
     json: bool = False
     """Print everything that was found as JSON instead of the page; an infinite difference is null."""
-
-    def __post_init__(self) -> None:
-        if self.tolerance < 0:
-            raise InputError(f"tolerance is {self.tolerance}: give a relative difference of at least 0")
 
 
 def page(a: History, b: History, found: Comparison) -> list[str]:

@@ -10,21 +10,23 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_ext.config import InputError, as_dict, load, run_program, to_yaml
+from megatron_ext.config.section import Count, Name, Section
+from megatron_ext.files import check_folder, writing
 
 DIRECTIONS = ("to-hf", "from-hf", "check")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ToHfConfig:
+class ToHfConfig(Section):
     """Release a decoder checkpoint and its vision tokenizer as a Hugging Face folder."""
 
-    checkpoint: str
+    checkpoint: Name
     """A step_XXXXXXXX folder; or a run folder or its checkpoints folder, whose newest is taken."""
 
-    output: str
+    output: Name
     """Hugging Face folder to write; an earlier export there is replaced."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer that the data was made with; only the baai format and QK norm do without."""
 
     format: Literal["transformers", "baai"] = "transformers"
@@ -34,10 +36,10 @@ class ToHfConfig:
     """Type of the decoder's weights; the vision tokenizer stays in float32. float32: the master weights of Adam, where
     the checkpoint has them (checkpoint.optimizer_format fully_reshardable)."""
 
-    remote_code_from: str | None = None
+    remote_code_from: Name | None = None
     """Folder with BAAI's Python files, such as a clone of github.com/baaivision/Emu3, to copy into a baai export."""
 
-    image_area: int = 512 * 512
+    image_area: Count = 512 * 512
     """Pixels of the pictures trained on, as a baai export's config.json tells BAAI's code."""
 
     check: bool = True
@@ -45,13 +47,13 @@ class ToHfConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FromHfConfig:
+class FromHfConfig(Section):
     """Import a Hugging Face Emu3 folder as a checkpoint to start a run from."""
 
-    hf: str
+    hf: Name
     """Folder in the layout of Emu3ForConditionalGeneration, Emu3ForCausalLM, Qwen3ForCausalLM, or BAAI's own."""
 
-    output: str
+    output: Name
     """Folder to write: a checkpoint for checkpoint.init_from, and vision_tokenizer/ where the source has one."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -59,15 +61,16 @@ class FromHfConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(Section):
     """Check a release: every file against SHA256SUMS, then load and generate in transformers alone."""
 
-    hf: str
+    hf: Name
     """Folder that to-hf wrote, perhaps copied since."""
 
 
 def to_hf(config: ToHfConfig) -> None:
     """Export."""
+    check_folder(config.output, "output")
     import torch
 
     from megatron_ext.hf.contents import Source
@@ -88,10 +91,10 @@ def to_hf(config: ToHfConfig) -> None:
 
 def from_hf(config: FromHfConfig) -> None:
     """Import."""
+    check_folder(config.output, "output")
     import torch
 
     from megatron_ext.checkpoint.streaming import write_weights
-    from megatron_ext.files import writing
     from megatron_ext.hf import load_vision_from_hf, model_section, read_config, read_decoder, read_vocabulary
     from megatron_ext.hf.convert import VISION_FOLDER
     from megatron_ext.vision import save_vision_tokenizer

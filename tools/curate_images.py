@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from megatron_ext.config import InputError, as_dict, load, run_program
+from megatron_ext.config.section import Count, Name, NonNegative, Number
 from megatron_ext.curate.decide import REASONS, Summary, decide
 from megatron_ext.curate.inputs import Piece, pieces_of
 from megatron_ext.curate.kept import plan_tars, planned_tars, write_jsonl, write_parquet, write_tars
@@ -30,6 +31,7 @@ from megatron_ext.curate.predictor import AestheticConfig, load_predictor
 from megatron_ext.curate.table import PartTable
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.verdict import UNREADABLE
+from megatron_ext.files import check_folder
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
 
@@ -41,24 +43,19 @@ if TYPE_CHECKING:
 class BatchedAestheticConfig(AestheticConfig):
     """LAION's aesthetic predictor, for many pictures at once."""
 
-    batch_size: int = 32
+    batch_size: Count = 32
     """Pictures rated at once."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.batch_size < 1:
-            raise InputError(f"aesthetic.batch_size = {self.batch_size}: must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurateImagesConfig(ShardConfig):
     """Curate pictures: folders, tars or manifests in; a table of verdicts, a page and what was kept out."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders in the layout of img2dataset's "files" output, WebDataset tars, manifests, single files, and patterns of
     these."""
 
-    output: str
+    output: Name
     """Folder for rows.parquet, report.html and what is kept."""
 
     filters: PictureFiltersConfig = field(default_factory=PictureFiltersConfig)
@@ -70,17 +67,17 @@ class CurateImagesConfig(ShardConfig):
     kept: Literal["jsonl", "parquet", "tars"] = "jsonl"
     """A list of the kept pictures as JSON lines, the same as Parquet with all scores, or WebDataset tars of them."""
 
-    pictures_per_tar: int = 10_000
+    pictures_per_tar: Count = 10_000
     """Pictures of one tar, with kept: tars."""
 
-    piece_size: int = 1000
+    piece_size: Count = 1000
     """Inputs measured and written at once, of what is no tar (a tar is a piece); an interruption loses at most this
     much work."""
 
-    workers: int = 2
+    workers: Number = 2
     """Processes that decode pictures and look for text; 0 does it in this one."""
 
-    worker_timeout_s: float = 600.0
+    worker_timeout_s: NonNegative = 600.0
     """Seconds after which a picture is given up, as unreadable, over which such a process hangs; 0 waits for ever."""
 
     stage: Literal["all", "measure", "decide", "write"] = "all"
@@ -90,20 +87,15 @@ class CurateImagesConfig(ShardConfig):
     """Remove what output holds when it was made from other inputs or with other options; false refuses."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.inputs:
             raise InputError("inputs is empty: give folders, tars or manifests of pictures")
-        for name in ("pictures_per_tar", "piece_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: must be positive")
-        if self.workers < 0:
-            raise InputError(f"workers = {self.workers}: give 0 for this process, or a number of processes")
-        if self.worker_timeout_s < 0:
-            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CurateImagesConfig, argv, prog="curate_images")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     shard_index, num_shards = shard_of_job(config.shard_index, config.num_shards)
     if config.overwrite and (num_shards > 1 or config.stage in ("decide", "write")):

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
+from megatron_ext.config.section import Count, Name, NonNegative, Number, Share
 from megatron_ext.curate import KEPT, UNREADABLE
 from megatron_ext.curate.clip_page import write_clip_page
 from megatron_ext.curate.clip_parts import CLIPS, SCHEMA, JudgedVideo, write_part
@@ -25,6 +26,7 @@ from megatron_ext.curate.table import PartTable, Row
 from megatron_ext.curate.text import check_installed
 from megatron_ext.curate.video_filters import VideoFiltersConfig
 from megatron_ext.curate.video_work import VideoCurator
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, Sample
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.observe.progress import progress
@@ -37,10 +39,10 @@ if TYPE_CHECKING:
 class CurateVideosConfig(ShardConfig):
     """Curate videos: folders or WebDataset tars of videos in; clips, a table of all scenes and a report out."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders of videos, WebDataset tars, manifests, single videos, and patterns of these; pictures are passed over."""
 
-    output: str
+    output: Name
     """Folder for clips/*.tar, rows.parquet and report.html."""
 
     scenes: ScenesConfig = field(default_factory=ScenesConfig)
@@ -55,33 +57,28 @@ class CurateVideosConfig(ShardConfig):
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
     """Weights of the aesthetic predictor."""
 
-    workers: int = 2
+    workers: Number = 2
     """Processes that decode, judge and encode; 0 does it in this one."""
 
-    worker_timeout_s: float = 7200.0
+    worker_timeout_s: NonNegative = 7200.0
     """Seconds after which a video is given up, as unreadable, over which such a process hangs; 0 waits for ever."""
 
-    part_size: int = 32
+    part_size: Count = 32
     """Videos of one part, of what is no tar (a tar is a part); an interruption loses at most this much work."""
 
     merge_only: bool = False
     """Curate nothing: write the table and the report of what the jobs of a larger num_shards have made."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of the videos that may be unreadable; more of them stop."""
 
     overwrite: bool = False
     """Remove what output holds when it was made with other inputs or options; false refuses."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.inputs:
             raise InputError("inputs is empty: give folders or tars of videos")
-        if self.part_size < 1:
-            raise InputError(f"part_size = {self.part_size}: must be positive")
-        if self.workers < 0:
-            raise InputError(f"workers = {self.workers}: give 0 for this process, or a number of processes")
-        if self.worker_timeout_s < 0:
-            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 def made_by(config: CurateVideosConfig, digest: str, rater: "AestheticPredictor | None") -> dict[str, Any]:
@@ -100,6 +97,7 @@ def made_by(config: CurateVideosConfig, digest: str, rater: "AestheticPredictor 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(CurateVideosConfig, argv, prog="curate_videos")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     shard, shards = shard_of_job(config.shard_index, config.num_shards)
     if config.overwrite and shards > 1:

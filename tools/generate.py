@@ -6,11 +6,12 @@ python tools/generate.py --task caption --checkpoint RUN_DIR --vision_tokenizer 
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image as Picture
@@ -18,7 +19,8 @@ from rich.console import Console
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.runtime import RuntimeConfig
-from megatron_ext.files import files_named, replacing, text_of
+from megatron_ext.config.section import Bound, Count, Name, NonNegative, Number, Positive, Section, Seed, Share, above
+from megatron_ext.files import check_folder, files_named, replacing, text_of, writing
 from megatron_ext.media import MediaError, ResizeConfig, decode_picture, resize
 from megatron_ext.observe.progress import progress
 from megatron_ext.vocab import Grid, Image, Segment, Text, Video, VocabLayout, Vocabulary
@@ -31,85 +33,88 @@ if TYPE_CHECKING:
 EMU3_AREA = 720 * 720
 """Pixels of a picture that Emu3-Gen draws (E3 image_generation.py, image_area)."""
 
+GRID = Bound(
+    "height*width in codes, such as 16*16", lambda value: re.fullmatch(r"[1-9]\d*\*[1-9]\d*", value) is not None
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Section):
     """Draw pictures and clips for captions, or write captions for pictures."""
 
     task: Literal["draw", "caption"]
     """draw: captions to pictures or clips; caption: pictures to text."""
 
-    output: str
+    output: Name
     """Folder for the pictures and results.json."""
 
-    hf: str | None = None
+    hf: Name | None = None
     """Hugging Face folder with decoder and vision tokenizer; give this or checkpoint."""
 
-    checkpoint: str | None = None
+    checkpoint: Name | None = None
     """A step_XXXXXXXX folder, or a run folder, whose newest is taken; needs vision_tokenizer."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer; empty takes the Hugging Face folder's."""
 
     caption: tuple[str, ...] = ()
     """Captions to draw."""
 
-    captions_file: str | None = None
+    captions_file: Name | None = None
     """Text file, or glob pattern of some, with one caption to draw per line, after those of `caption`."""
 
     negative_prompt: str = ""
     """What guidance moves away from: stands in the caption's place in the second sequence."""
 
-    grid: str | None = None
+    grid: Annotated[str, GRID] | None = None
     """Height*width of the picture in codes; empty: a square of 720x720 pixels, as Emu3-Gen."""
 
-    frames: int | None = None
+    frames: Count | None = None
     """Frames of codes; empty draws a picture, a number a clip."""
 
-    frame_rate: float = 8.0
+    frame_rate: Positive = 8.0
     """Frames per second of a drawn clip."""
 
-    image: tuple[str, ...] = ()
+    image: tuple[Name, ...] = ()
     """List of picture files to caption, or glob patterns of some."""
 
     resize: ResizeConfig = field(default_factory=ResizeConfig)
     """Size to which pictures to caption are brought; the data's own serves best."""
 
-    max_text_ids: int = 256
+    max_text_ids: Count = 256
     """Longest caption, in ids."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     """Weight of the caption against the negative prompt when drawing; 1 turns guidance off and halves the work."""
 
-    temperature: float | None = None
+    temperature: NonNegative | None = None
     """Divides the logits; 0 takes the likeliest id. Empty: 1 when drawing, 0 for captions."""
 
-    top_k: int = 2048
+    top_k: Number = 2048
     """Only the likeliest this many ids may be drawn; 0 turns it off."""
 
-    top_p: float = 1.0
+    top_p: Annotated[Share, above(0)] = 1.0
     """Only the likeliest ids that together reach this probability may be drawn."""
 
     keep_codes: bool = False
     """Write the codes of each drawing beside it, as NUMBER.codes.npy: [height, width] of a picture, [frames, height,
     width] of a clip."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Same seed, same result, whatever the batch size."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Samples generated at once."""
 
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Device, precision and process limits."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.hf is None) == (self.checkpoint is None):
             raise InputError("give either hf or checkpoint: where the decoder is")
         if self.checkpoint and not self.vision_tokenizer:
             raise InputError("vision_tokenizer is empty: a checkpoint has none, give its folder")
-        if self.batch_size < 1 or (self.frames is not None and self.frames < 1) or self.frame_rate <= 0:
-            raise InputError("batch_size, frames and frame_rate must be positive")
         if self.task == "draw" and not (self.caption or self.captions_file):
             raise InputError("task draw needs caption or captions_file")
         if self.task == "caption" and not self.image:
@@ -243,7 +248,7 @@ def _write_picture(path: Path, segment: Segment, vision: "MoVQGAN") -> str:
         pixels_CHW = vision.decode(torch.from_numpy(segment.codes_HW)[None].long().to(device))[0]
         first = Picture.fromarray(to_uint8(pixels_CHW))
         options, file, kind = {}, path.with_suffix(".png"), "PNG"
-    with replacing(file) as temporary:
+    with writing(file, "output"), replacing(file) as temporary:
         first.save(temporary, format=kind, **options)
     return file.name
 
@@ -278,10 +283,7 @@ def _grid(config: GenerateConfig, models: Models) -> Grid:
             raise InputError("grid is empty: a custom vocabulary has no usual size, give height*width such as 16*16")
         height = width = round(EMU3_AREA**0.5 / factor)
     else:
-        try:
-            height, width = map(int, config.grid.split("*"))
-        except ValueError:
-            raise InputError(f"grid {config.grid!r}: give height*width in codes, such as 16*16") from None
+        height, width = map(int, config.grid.split("*"))
     if config.frames is None:
         return Grid(1, height, width)
     seconds = config.frames * models.vision.config.temporal_downsample_factor / config.frame_rate
@@ -292,11 +294,13 @@ def main(argv: list[str]) -> None:
     """Generate what `argv` asks for."""
     config = load(GenerateConfig, argv, prog="generate.py")
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, "output"):
+        output.mkdir(parents=True, exist_ok=True)
+    check_folder(output, "output")
     with open_models(config) as models:
         started = time.monotonic()
         results = draw(config, models) if config.task == "draw" else write_captions(config, models)
-    with replacing(output / "results.json") as temporary:
+    with writing(output, "output"), replacing(output / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for result in results:
         print(f"{result['file']}: {result['caption']}")

@@ -25,12 +25,14 @@ from rich.table import Table
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.section import Count, Name, Number, Section
 from megatron_ext.config.validate import validate as validate_config
 from megatron_ext.data import KINDS, Data, DocumentDataset, Loader, PackedDataset, build_data
 from megatron_ext.data.packing import SHORTEST_CUT, PackingRules
 from megatron_ext.data.report import dataset_report, describe_segment, length_histogram, packing_report, window_report
 from megatron_ext.data.step_windows import DataRank, StepWindow, documents_in_window, step_windows
 from megatron_ext.data.survey import COUNTED_IDS, count_ids, default_workers, judge
+from megatron_ext.files import check_folder
 from megatron_ext.observe.dataset_page import DatasetPage, Surveyed
 from megatron_ext.observe.painter import Painter
 from megatron_ext.observe.progress import progress
@@ -42,44 +44,52 @@ MUCH = 1 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Section):
     """Describe indexed datasets; with --step N, the windows of a training step instead (--step N --help)."""
 
-    prefix: str | tuple[str, ...] = ()
+    prefix: Name | tuple[Name, ...] = ()
     """Path of a dataset without suffix, or a list of them."""
 
-    blend: str | None = None
+    blend: Name | None = None
     """Instead of prefix: a pretraining configuration, whose data.train is described and packed as it says."""
 
-    seq_length: int | None = None
+    seq_length: Count | None = None
     """Pack into windows of this many ids and report their fill, and the documents that do not fit."""
 
-    document_alignment: int = 1
+    document_alignment: Count = 1
     """Alignment for that packing."""
 
     cut_text_to_fill: bool = False
     """Cut texts to fill what pictures leave of a window, for that packing."""
 
-    document: int | None = None
+    document: Number | None = None
     """Number of a document to show, from 0, instead of the report."""
 
     validate: bool = False
     """Check every document with the grammar, and the files with the manifest."""
 
-    workers: int | None = None
+    workers: Count | None = None
     """Threads that read the documents; empty takes one per core."""
 
-    output: str | None = None
+    output: Name | None = None
     """Folder for a page (index.html) of documents, pictures and windows."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer of the data: pictures of the page are decoded with it."""
 
-    documents_shown: int = 24
+    documents_shown: Number = 24
     """Documents of each dataset on the page, evenly spread."""
 
-    windows_shown: int = 16
+    windows_shown: Number = 16
     """Windows of each dataset on the page, evenly spread."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.seq_length is not None and self.seq_length % self.document_alignment:
+            raise InputError(
+                f"seq_length {self.seq_length} is not a multiple of document_alignment {self.document_alignment}: "
+                "change one of them"
+            )
 
     @property
     def rules(self) -> PackingRules | None:
@@ -97,22 +107,22 @@ class InspectConfig:
 class InspectStepConfig(RunConfig):
     """Show the exact windows of an optimizer step; all options of pretrain_emu3.py, read as it reads them, and:"""
 
-    step: int
+    step: Count
     """Optimizer step, from 1, as metrics.jsonl counts them."""
 
-    world_size: int | None = None
+    world_size: Count | None = None
     """Ranks of the run, which share the windows; empty takes one data rank: tensor x context parallel size."""
 
-    data_rank: int | None = None
+    data_rank: Number | None = None
     """Show the windows of this data rank only."""
 
-    longest_text: int = 160
+    longest_text: Number = 160
     """Characters of a text that are printed."""
 
-    output: str | None = None
+    output: Name | None = None
     """Folder for the windows as arrays (windows.npz) and as a page (index.html)."""
 
-    vision_tokenizer: str | None = None
+    vision_tokenizer: Name | None = None
     """Folder of the vision tokenizer of the data; with output, pictures are drawn."""
 
 
@@ -223,6 +233,8 @@ def inspect_datasets(config: InspectConfig) -> None:
     Raises:
         InputError: no dataset, one that is not whole, the wrong vision tokenizer.
     """
+    if config.output is not None:
+        check_folder(config.output, "output")
     asked = Asked.of(config)
     workers = config.workers or default_workers()
     datasets = asked.datasets()
@@ -289,10 +301,10 @@ def inspect_step(config: InspectStepConfig) -> None:
     ranks_per_window = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
     world_size = config.world_size or ranks_per_window
     validate_config(config, world_size)
+    if config.output is not None:
+        check_folder(config.output, "output")
     data_ranks = world_size // ranks_per_window
-    if not 1 <= config.step:
-        raise InputError(f"step is {config.step}: steps are counted from 1")
-    if config.data_rank is not None and not 0 <= config.data_rank < data_ranks:
+    if config.data_rank is not None and config.data_rank >= data_ranks:
         raise InputError(f"data_rank is {config.data_rank}: world_size {world_size} has data ranks 0..{data_ranks - 1}")
     vocabulary = Vocabulary.load(config.vocab)
     data = build_data(config.data, config.train, vocabulary, DataRank(0, data_ranks))

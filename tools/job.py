@@ -18,6 +18,7 @@ import yaml
 
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.section import Name, Number, Section
 from megatron_ext.job import Request, begin, check_place, end
 from megatron_ext.job.history import Outcome
 from megatron_ext.plan import take_question
@@ -35,21 +36,21 @@ class CheckConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BeginConfig:
+class BeginConfig(Section):
     """Note the start of a job; the run's configuration is read from standard input."""
 
-    job: str
+    job: Name
     """Number of the job."""
 
-    restart: int = 0
+    restart: Number = 0
     """How often the queue has started it before."""
 
-    nodes: str
+    nodes: Name
     """Names of its nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndConfig:
+class EndConfig(Section):
     """Judge the end of a job; the run's configuration is read from standard input."""
 
     exit_code: int

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config import InputError, load, run_program, to_yaml
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.section import Count, NonNegative, Share
 from megatron_ext.config.validate import validate
 from megatron_ext.files import writing
 from megatron_ext.job.history import note
@@ -40,19 +41,19 @@ class PreflightConfig(RunConfig):
     nodes: str = ""
     """Names of all nodes, separated by blanks: one from which no rank is heard can then be named."""
 
-    slow_share: float = 0.5
+    slow_share: Share = 0.5
     """A device or a group of ranks that is slower than this share of the median is at fault."""
 
-    min_free_share: float = 0.9
+    min_free_share: Share = 0.9
     """Share of a GPU's memory that must be free."""
 
-    min_disk_mbs: float = 20.0
+    min_disk_mbs: NonNegative = 20.0
     """Megabytes per second that a node must write to the run folder, and read from it."""
 
-    disk_mib: int = 64
+    disk_mib: Count = 64
     """Mebibytes that every node writes and reads."""
 
-    max_clock_skew_s: float = 1.0
+    max_clock_skew_s: NonNegative = 1.0
     """Seconds that a node's clock may be off."""
 
 

@@ -10,6 +10,7 @@ and named; too many of them stop the program. Started again, it does nothing whe
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 
 from rich.console import Console
 
@@ -18,6 +19,7 @@ from megatron_ext.data.indexed import DocumentDataset
 from megatron_ext.data.options import PreprocessConfig
 from megatron_ext.data.preprocess import Work, split_prefix
 from megatron_ext.data.report import dataset_report
+from megatron_ext.files import check_folder
 from megatron_ext.observe.progress import progress
 from megatron_ext.plan.preprocessing import PlanConfig, make_plan, plan_lines
 
@@ -51,7 +53,9 @@ def preprocess(config: PreprocessConfig) -> None:
 def main(argv: list[str]) -> None:
     """Write the datasets that `argv` describes, or, with --plan, print the plan of a corpus."""
     if PLAN not in argv:
-        preprocess(load(PreprocessConfig, argv, prog="preprocess_data.py"))
+        config = load(PreprocessConfig, argv, prog="preprocess_data.py")
+        check_folder(Path(config.output_prefix).parent, "output_prefix")
+        preprocess(config)
         return
     config = load(PlanConfig, [word for word in argv if word != PLAN], prog=f"preprocess_data.py {PLAN}")
     plan = make_plan(config)

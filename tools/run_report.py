@@ -15,9 +15,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config import InputError, load, reason_of, run_program
 from megatron_ext.config.run import RunConfig
-from megatron_ext.files import read_json_lines
+from megatron_ext.config.section import Count, Name, Positive, Section
+from megatron_ext.files import check_file, read_json_lines
 from megatron_ext.observe.account import Account, Start, account_of, starts_of
 from megatron_ext.observe.elements import Bar
 from megatron_ext.observe.report import COLORS, Points, Report, curves, smooth
@@ -32,24 +33,20 @@ TOLD = ("save_failed", "bad_step", "rewind", "hang", "divergence", "blend", "sto
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunReportConfig:
+class RunReportConfig(Section):
     """Summarise a run in the terminal and as a page."""
 
-    run: str
+    run: Name
     """The run folder."""
 
-    output: str | None = None
+    output: Name | None = None
     """The page; null writes report.html into the run folder."""
 
-    peak_tflops: float | None = None
+    peak_tflops: Positive | None = None
     """Dense peak of one device in TFLOP/s, for the share of it that was used (MFU); null tells TFLOP/s only."""
 
-    span: int = 20
+    span: Count = 20
     """Steps over which curves are averaged; single steps stand behind them."""
-
-    def __post_init__(self) -> None:
-        if self.span < 1:
-            raise InputError(f"span {self.span}: must be at least 1, which averages nothing")
 
 
 @dataclass(frozen=True)
@@ -254,12 +251,14 @@ def _event_row(event: dict[str, Any]) -> list[str]:
     known = ("event", "time", "step", "documents", "config", "provenance", "environment")
     rest = ", ".join(f"{name} {value}" for name, value in event.items() if name not in known)
     when = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(event["time"]))
-    return [when, event["event"], str(event.get("step", "")), rest[:300]]
+    return [when, event["event"], str(event.get("step", "")), reason_of(rest)]
 
 
 def main(argv: list[str]) -> None:
     """Print the summary and write the page."""
     config = load(RunReportConfig, argv, prog="run_report.py")
+    if config.output is not None:
+        check_file(config.output, "output")
     story = read_story(Path(config.run))
     console = Console(highlight=False)
     print_summary(story, config, console)

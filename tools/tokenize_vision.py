@@ -17,6 +17,8 @@ from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
+from megatron_ext.config.section import Count, Name, NonNegative, Number, Share
+from megatron_ext.files import check_folder
 from megatron_ext.media import Fault, MediaError, Part, ResizeConfig, Sample, listing_of, parts_of, readable_name
 from megatron_ext.media.array import ShardConfig, shard_of_job
 from megatron_ext.media.decode import ClipConfig, DecodedSample, Decoder
@@ -32,15 +34,15 @@ from megatron_ext.vision.tokenize import tokenize
 class TokenizeVisionConfig(ShardConfig):
     """Tokenize pictures and clips: folders, WebDataset tars or manifests in, tar shards of codes and a manifest out."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders in the layout of img2dataset's "files" output or of tars, WebDataset tars, pictures, clips, manifests
     (.jsonl or .parquet with a column path, as curation writes them; img2dataset's .parquet with pictures), and glob
     patterns of these."""
 
-    tokenizer: str
+    tokenizer: Name
     """Folder of the vision tokenizer (config.json, model.safetensors)."""
 
-    output: str
+    output: Name
     """Folder for the shards and manifest.json; jobs of one work share it."""
 
     resize: ResizeConfig = field(default_factory=ResizeConfig)
@@ -49,22 +51,22 @@ class TokenizeVisionConfig(ShardConfig):
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Which frames of clips are encoded."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Pictures, or clips, of equal size encoded at once."""
 
-    shard_size: int = 1000
+    shard_size: Count = 1000
     """Input samples of one shard of codes; an interruption loses at most this much work."""
 
-    decode_workers: int = 2
+    decode_workers: Number = 2
     """Processes that read, decode and resize while this one encodes; 0 decodes in this one."""
 
-    worker_timeout_s: float = 600.0
+    worker_timeout_s: NonNegative = 600.0
     """Seconds after which a sample is skipped over which such a process hangs; 0 waits for ever."""
 
     merge_only: bool = False
     """Tokenize nothing: complete the folder that the jobs of a larger num_shards have filled."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of the samples that may be unusable (undecodable, unreadable captions); more of them stop."""
 
     overwrite: bool = False
@@ -74,15 +76,9 @@ class TokenizeVisionConfig(ShardConfig):
     """Where to compute; auto takes CUDA when a GPU is visible."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.inputs:
             raise InputError("inputs is empty: give folders, tars or manifests of media")
-        for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} = {getattr(self, name)}: must be positive")
-        if self.decode_workers < 0:
-            raise InputError(f"decode_workers = {self.decode_workers}: must be at least 0")
-        if self.worker_timeout_s < 0:
-            raise InputError(f"worker_timeout_s = {self.worker_timeout_s}: give 0 for no limit, or seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +138,7 @@ def _digest(entries: list[Sample | Fault]) -> str:
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(TokenizeVisionConfig, argv, prog="tokenize_vision")
+    check_folder(config.output, "output")
     console = Console(highlight=False)
     bad = BadSamples(config.max_bad_fraction)
     index, count = shard_of_job(config.shard_index, config.num_shards)

@@ -15,16 +15,17 @@ from rich.progress import Progress
 from megatron_ext.checkpoint.examine import damages
 from megatron_ext.checkpoint.store import way_back
 from megatron_ext.config import InputError, load, run_program
+from megatron_ext.config.section import Name, Section
 
 MOST_TENSORS = 10
 """Names that a line holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyCheckpointConfig:
+class VerifyCheckpointConfig(Section):
     """Compare checkpoints with the checksums they were written with."""
 
-    checkpoint: str
+    checkpoint: Name
     """A step_XXXXXXXX folder, a folder of them, or a run folder."""
 
 

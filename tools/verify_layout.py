@@ -15,6 +15,7 @@ from rich.console import Console
 from megatron_ext.config import InputError, load, run_program
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.section import Count
 from megatron_ext.config.validate import validate
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 class VerifyConfig(RunConfig):
     """Verify the layout of a run: its configuration, as pretrain_emu3.py takes it."""
 
-    steps: int = 5
+    steps: Count = 5
     """Optimizer steps to compare."""
 
 
@@ -57,8 +58,6 @@ def main(argv: list[str]) -> None:
     config = load(VerifyConfig, argv, prog="verify_layout.py")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     validate(config, world_size)
-    if config.steps < 1:
-        raise InputError(f"steps {config.steps}: compare at least 1 optimizer step")
     # Imported here, so that --help and --print_config answer at once.
     from megatron_ext.train.verify import verify
     from megatron_ext.vocab import Vocabulary

@@ -20,7 +20,7 @@ from megatron_ext.checkpoint.repairs import own_groups, unpadded_offsets, unshar
 from megatron_ext.checkpoint.room import check_room, checkpoint_bytes
 from megatron_ext.checkpoint.store import CheckpointStore, check_contents, damaged, read_metadata
 from megatron_ext.config.checkpoint import CheckpointConfig
-from megatron_ext.config.errors import InputError
+from megatron_ext.config.errors import InputError, reason_of
 from megatron_ext.model import Emu3Model
 from megatron_ext.optim import Optimizer, gradient_buckets
 from megatron_ext.runtime import Topology
@@ -300,7 +300,8 @@ def _load(folder: Path, sharded: dict[str, Any]) -> dict[str, Any]:
         EOFError,
         pickle.UnpicklingError,
     ) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        last = str(error).strip().splitlines()[-1:]
+        reason = reason_of(last[0] if last else error)
         raise InputError(
             f"{folder} does not fit this run ({reason}): use the model and vocabulary of its folder"
         ) from error

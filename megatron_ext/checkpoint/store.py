@@ -53,14 +53,7 @@ class CheckpointStore:
     ) -> None:
         """`keep` is how many of the newest checkpoints stay, and those of steps divisible by `keep_every` all do;
         `from_main(f)` is the main rank's f(), on every rank.
-
-        Raises:
-            InputError: `keep` or `keep_every` is below 1.
         """
-        if keep < 1:
-            raise InputError(f"checkpoint.keep is {keep}: keep at least 1")
-        if keep_every is not None and keep_every < 1:
-            raise InputError(f"checkpoint.keep_every is {keep_every}: give a number of steps, or null")
         self._keep_every = keep_every
         self.root = Path(root)
         self.keep = keep

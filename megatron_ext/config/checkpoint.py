@@ -4,27 +4,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.config.errors import InputError
+from megatron_ext.config.section import Count, Name, Positive, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaveConfig:
+class SaveConfig(Section, section="checkpoint"):
     """When to save and what to keep, of whatever is trained."""
 
-    save_interval: int = 1000
+    save_interval: Count = 1000
     """Optimizer steps between checkpoints; the last step is always saved."""
 
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints to keep; older ones are removed after a newer one is complete."""
 
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Checkpoints of steps divisible by this are kept for good, beside the newest; null keeps none for good."""
-
-    def __post_init__(self) -> None:
-        if self.save_interval < 1:
-            raise InputError(
-                f"checkpoint.save_interval {self.save_interval}: must be at least 1; "
-                "train.train_steps saves the last step alone"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +28,14 @@ class CheckpointConfig(SaveConfig):
     async_save: bool = True
     """Write checkpoints in a process of their own while training goes on; false: training waits for the files."""
 
-    save_timeout_s: float = 1800.0
+    save_timeout_s: Positive = 1800.0
     """Seconds until a checkpoint still being written is given up; the next due step, or the end, tries again."""
 
     optimizer_format: Literal["fully_reshardable", "dp_reshardable"] = "fully_reshardable"
     """fully_reshardable: opens on any layout, gathered on data rank 0 to save. dp_reshardable: written by every rank
     without gathering, for large runs; opens on the same tensor_model_parallel_size only."""
 
-    init_from: str | None = None
+    init_from: Name | None = None
     """Checkpoint, run or Hugging Face folder whose weights start a new run; ignored once the run has a checkpoint."""
 
     init_optimizer: bool = False
@@ -49,5 +43,7 @@ class CheckpointConfig(SaveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.save_timeout_s > 0:
-            raise InputError(f"checkpoint.save_timeout_s {self.save_timeout_s}: must be more than 0 seconds")
+        if self.init_optimizer and self.init_from is None:
+            raise InputError(
+                "checkpoint.init_optimizer is true without checkpoint.init_from: name a checkpoint, or set it to false"
+            )

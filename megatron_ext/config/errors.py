@@ -4,9 +4,44 @@ import re
 import sys
 from collections.abc import Callable
 
+LONGEST_REASON = 300
+"""Characters of a library's words that stand in a message of ours."""
+
+_ESCAPE = re.compile(
+    r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)"  # a title or a link, up to its end
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # colours and movements of the cursor
+    r"|\x1b[ -/]*[0-~]?"
+)
+_UNPICKLER = re.compile(r"WeightsUnpickler error: (.*?)(?:\. Please use `torch|\n|$)")
+"""What torch.load found, amid its advice on how to run what a file from a stranger holds."""
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
+
+
+def one_line(text: str) -> str:
+    """`text` as one line that a terminal shows as it is: without line ends, escape codes and control characters."""
+    lines = (_CONTROL.sub("", line).strip() for line in _ESCAPE.sub("", text).splitlines())
+    return " ".join(filter(None, lines))
+
+
+def reason_of(error: BaseException | str, longest: int = LONGEST_REASON) -> str:
+    """What a library says, in its exception or as text: words of one line, at most `longest` characters of them, cut
+    between two words. What the system says of a file stands without the path, which our message names."""
+    said = getattr(error, "strerror", None) or str(error)  # FFmpeg's errors have it, too
+    if found := _UNPICKLER.search(said):
+        said = found[1]
+    words = " ".join(one_line(said).split()) or type(error).__name__
+    if len(words) <= longest:
+        return words
+    whole, _, _ = words[: longest + 1].rpartition(" ")
+    return f"{whole or words[:longest]} ..."
+
 
 class InputError(ValueError):
-    """The user's input is at fault. The message names the field or file, its value and the fix, in one line."""
+    """The user's input is at fault. The message names the field or file, its value and the fix, in one line, whatever
+    the words of a library that it quotes."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(one_line(message))
 
 
 class BadSamples:
@@ -29,7 +64,8 @@ class BadSamples:
 
     def add(self, source: str, reason: str) -> None:
         """One more: the caller adds a sample once. Bytes of `source` that are not UTF-8 are kept as `\\xNN`."""
-        self.samples.append((source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"), reason))
+        source = source.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        self.samples.append((one_line(source), one_line(reason)))
 
     def check(self, total: int) -> None:
         """Raise InputError when they are more than the allowed share of `total` samples."""
@@ -84,6 +120,5 @@ def run_program(
         if is_told and not isinstance(error, InputError):
             raise
         if is_told:
-            # A library's words in the message may have line ends of their own.
-            print("error: " + re.sub(r"\s*\n\s*", " ", str(error)), file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -5,17 +5,17 @@ turns its errors into one line, and names the nearest key when one is unknown. O
 that is given its sections needs no parser.
 """
 
+import contextlib
 import dataclasses
 import difflib
-import itertools
-import os
 import re
 import typing
 from typing import Any, TypeVar
 
 import yaml
 
-from megatron_ext.config.errors import InputError
+from megatron_ext.config.errors import InputError, one_line
+from megatron_ext.config.yaml_file import refuse_broken_yaml
 
 Config = TypeVar("Config")
 
@@ -38,7 +38,8 @@ def load(config_type: type[Config], argv: list[str], *, prog: str | None = None)
     `--config FILE` may be given several times; `--print_config` prints the result as YAML and exits with 0.
 
     Raises:
-        InputError: an unknown key (with the nearest known one), a wrong type, an unreadable file.
+        InputError: an unknown key (with the nearest known one), a wrong type, an unreadable file; all sections whose
+            values are out of their bounds, in one line.
     """
     import jsonargparse
 
@@ -47,11 +48,16 @@ def load(config_type: type[Config], argv: list[str], *, prog: str | None = None)
     parser.add_argument("--config", action="config", help="YAML file; may be repeated, later files win.")
     parser.add_class_arguments(config_type, nested_key=None)
     parser.description = (config_type.__doc__ or "").strip()
+    refuse_broken_yaml(config_type, argv)
+    printed = [word for word in argv if word.partition("=")[0] == "--print_config"]
+    if printed:  # what is printed is checked too; what is required may be missing
+        with contextlib.suppress(jsonargparse.ArgumentError):
+            _build(config_type, parser.parse_args([word for word in argv if word not in printed]), "")
     try:
-        values = parser.instantiate(parser.parse_args(argv))
+        values = parser.parse_args(argv)
     except jsonargparse.ArgumentError as error:
-        raise InputError(_broken_file(argv) or _explain(str(error), config_type)) from None
-    return config_type(**{field.name: getattr(values, field.name) for field in dataclasses.fields(config_type)})
+        raise InputError(_explain(str(error), config_type)) from None
+    return _build(config_type, values, "")
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -80,28 +86,48 @@ def known_keys(config_type: type) -> list[str]:
     return keys
 
 
-def _broken_file(argv: list[str]) -> str | None:
-    """Which --config cannot be parsed, and where: jsonargparse does not say."""
-    values = [argument.partition("=")[2] for argument in argv if argument.startswith("--config=")]
-    values += [value for argument, value in itertools.pairwise(argv) if argument == "--config"]
-    for path in filter(os.path.isfile, values):
+def _build(kind: Any, values: Any, key: str) -> Any:
+    """What jsonargparse parsed as the dataclasses it stands for, `key` its dotted name. What is wrong in several
+    sections is told at once, with the name under which each of them stands here."""
+    if isinstance(values, (list, tuple)):
+        items = typing.get_args(kind)
+        return type(values)(_build(items[0] if items else Any, item, f"{key}[{n}]") for n, item in enumerate(values))
+    if not hasattr(values, "__dict__"):
+        return values
+    kind = next((inner for inner in (kind, *typing.get_args(kind)) if dataclasses.is_dataclass(inner)), kind)
+    fields, faults = {}, []
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
         try:
-            with open(path, encoding="utf-8") as file:
-                yaml.safe_load(file)
-        except yaml.MarkedYAMLError as error:
-            return f"{path}:{error.problem_mark.line + 1} is no YAML: {error.problem}; correct it"
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            return f"{path} is no YAML in UTF-8: {_one_line(str(error))}; correct it"
-    return None
+            if field.name in values:  # an item of a list has what was given, everything else all fields
+                name = f"{key}.{field.name}" if key else field.name
+                fields[field.name] = _build(hints[field.name], values[field.name], name)
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("; ".join(faults))
+    try:
+        return kind(**fields)
+    except InputError as error:
+        raise InputError(_named(str(error), getattr(kind, "section_name", ""), key)) from None
 
 
-def _one_line(message: str) -> str:
-    return re.sub(r"\s*\n\s*", " ", message.strip())
+def _named(fault: str, section: str, key: str) -> str:
+    """What a section says of itself, under the name that it has here."""
+    if key in ("", section):
+        return fault
+    if not section:
+        return f"{key}: {fault}"
+    return re.sub(rf"\b(?<!\.){section}\.", f"{key}.", fault)
 
 
 def _explain(message: str, config_type: type) -> str:
     """jsonargparse's message on one line, with the nearest known key when it names an unknown one."""
-    message = _one_line(message)
+    message = one_line(message)
+    message = re.sub(r"Problem with given class_path '[^']*': ", "", message)
+    message = re.sub(
+        r"Not a valid subclass of (\w+)\. (Got value: .*) Subclass types expect.*", r"Expected fields. \2", message
+    )
     unknown = re.search(
         r"unrecognized arguments: --(?P<argument>[\w.]+)"
         r"|Group '(?P<group>[\w.]+)' does not accept option '(?P<field>\w+)'"

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ext.config.errors import InputError
+from megatron_ext.config.section import Count, Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section, section="parallel"):
     """How the ranks divide the work, and what is recomputed; what remains of the world size is data parallelism."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Count = 1
     """Ranks that share the weights of a layer."""
 
-    context_parallel_size: int = 1
+    context_parallel_size: Count = 1
     """Ranks that share the tokens of a window."""
 
     cp_comm_type: Literal["p2p", "all_gather", "a2a"] = "p2p"
@@ -30,7 +31,7 @@ class ParallelConfig:
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass already runs; needs overlap_grad_reduce."""
 
-    bucket_size: int | None = None
+    bucket_size: Count | None = None
     """Parameters of a tensor rank that are reduced together, at least, with overlap_grad_reduce; null: megatron-core's
     own, the larger of 40 million and a million per data rank."""
 
@@ -41,13 +42,27 @@ class ParallelConfig:
     """With granularity full: keep the input of every recompute_num_layers-th layer, or recompute only the first
     recompute_num_layers layers."""
 
-    recompute_num_layers: int | None = None
+    recompute_num_layers: Count | None = None
     """With granularity full: layers per recomputed unit (uniform) or recomputed layers (block)."""
 
     def __post_init__(self) -> None:
-        if self.bucket_size is not None and self.bucket_size < 1:
+        super().__post_init__()
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise InputError(
-                f"parallel.bucket_size {self.bucket_size}: must be at least 1; null is megatron-core's own size"
+                "parallel.sequence_parallel is true with parallel.tensor_model_parallel_size 1: "
+                "there is no tensor axis to split along, set it to false"
+            )
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise InputError(
+                "parallel.overlap_param_gather is true with parallel.overlap_grad_reduce false: "
+                "set parallel.overlap_grad_reduce to true as well"
+            )
+        how = (self.recompute_method, self.recompute_num_layers)
+        if None in how if self.recompute_granularity == "full" else how != (None, None):
+            raise InputError(
+                f"parallel.recompute_granularity {self.recompute_granularity} with parallel.recompute_method "
+                f"{self.recompute_method} and parallel.recompute_num_layers {self.recompute_num_layers}: "
+                "full needs both (uniform or block, and at least 1), anything else neither"
             )
         if self.bucket_size is not None and not self.overlap_grad_reduce:
             raise InputError(

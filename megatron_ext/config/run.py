@@ -13,12 +13,13 @@ from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.resilience import ResilienceConfig
 from megatron_ext.config.runtime import RuntimeConfig
+from megatron_ext.config.section import Section
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.config.vocab import VocabConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Section):
     """Pretrain an Emu3 decoder by next-token prediction over text, image and video tokens.
 
     With --dry_run and --world_size N, print what the run needs and takes instead (docs/planning.md); with --suggest,

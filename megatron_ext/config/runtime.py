@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_ext.config.errors import InputError
+from megatron_ext.config.section import Count, Number, Section
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 """What a program's `device` option may be."""
 
@@ -10,9 +13,13 @@ FP8_MULTIPLES = {"tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 """FP8 recipe -> what both sides of a matrix product must be multiples of (Transformer Engine, pytorch/utils.py
 assert_dim_for_fp8_exec and the quantizers' is_quantizable)."""
 
+FP8_NEEDS_A_GPU = (
+    "runtime.precision is fp8, which needs a GPU with Transformer Engine: on a CPU set it to auto, bf16 or fp32"
+)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
+class RuntimeConfig(Section, section="runtime"):
     """Device, precision and process limits."""
 
     device: DeviceName = "auto"
@@ -30,8 +37,18 @@ class RuntimeConfig:
     deterministic: bool = False
     """Ask every library for bitwise repeatable kernels, and fail where there is none. A CPU is repeatable anyway."""
 
-    num_threads: int = 0
+    num_threads: Number = 0
     """CPU threads per rank; 0 shares the machine's cores evenly among its ranks."""
 
-    distributed_timeout_s: int = 600
+    distributed_timeout_s: Count = 600
     """Seconds after which a collective that does not finish ends the job."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.precision == "fp8" and self.device == "cpu":
+            raise InputError(FP8_NEEDS_A_GPU)
+
+    @property
+    def names_gpu(self) -> bool:
+        """Whether the device is a GPU on any machine."""
+        return self.device == "cuda"

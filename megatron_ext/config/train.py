@@ -2,55 +2,47 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.config.errors import InputError
+from megatron_ext.config.section import Count, NonNegative, Number, Section, Seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section, section="train"):
     """Lengths, batches and stopping."""
 
-    seq_length: int = 5120
+    seq_length: Count = 5120
     """Ids in a window (Emu3 section 2.4: 5,120 in stage 1, 131,072 in stage 2)."""
 
-    micro_batch_size: int = 1
+    micro_batch_size: Count = 1
     """Windows per data-parallel rank in one forward pass."""
 
-    global_batch_size: int = 1
+    global_batch_size: Count = 1
     """Windows per optimizer step over all ranks; a multiple of micro_batch_size x data-parallel size."""
 
-    global_batch_size_ramp: tuple[int, int, int] | None = None
+    global_batch_size_ramp: tuple[Count, Count, Count] | None = None
     """Size of the first global batches, increment, and samples over which the size grows to global_batch_size, in equal
     spans of samples (megatron's rampup_batch_size); null starts at full size."""
 
-    train_steps: int
+    train_steps: Count
     """Optimizer steps of the whole run."""
 
-    exit_interval: int | None = None
+    exit_interval: Count | None = None
     """Save and stop after a step divisible by this; the next start of the same run goes on."""
 
-    exit_duration: float | None = None
+    exit_duration: NonNegative | None = None
     """Minutes after the start at which to save and stop; the next start of the same run goes on."""
 
-    manual_gc_interval: int = 100
+    manual_gc_interval: Number = 100
     """Optimizer steps between Python's garbage collections, on all ranks at once: one rank that collects makes all
     wait. 0 leaves them to Python."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of weights, data order and dropout."""
 
-    eval_interval: int = 0
+    eval_interval: Number = 0
     """Optimizer steps between evaluations on data.valid; 0 turns evaluation off."""
 
-    eval_steps: int = 1
+    eval_steps: Count = 1
     """Global batches per evaluation."""
-
-    def __post_init__(self) -> None:
-        if self.eval_interval < 0:
-            raise InputError(f"train.eval_interval {self.eval_interval}: must not be negative; 0 turns evaluation off")
-        if self.eval_steps < 1:
-            raise InputError(
-                f"train.eval_steps {self.eval_steps}: must be at least 1; train.eval_interval 0 turns evaluation off"
-            )
 
     def batch_size_after(self, consumed_samples: int) -> int:
         """Windows in the global batch that follows `consumed_samples` samples of the run."""

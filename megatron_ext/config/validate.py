@@ -1,15 +1,15 @@
-"""Rules that span sections, as a table. What one section can check alone, its room checks."""
+"""Rules that span sections, as a table. What one section can check alone, it checks when it is made."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 
 from megatron_ext.config.errors import InputError
-from megatron_ext.config.objective import LARGEST_DENOMINATOR
+from megatron_ext.config.model import DecoderShape
+from megatron_ext.config.objective import as_fraction
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
-from megatron_ext.config.runtime import FP8_MULTIPLES
+from megatron_ext.config.runtime import FP8_MULTIPLES, FP8_NEEDS_A_GPU
 
 
 @dataclass(frozen=True)
@@ -23,54 +23,106 @@ class Rule:
 
 def _data_parallel_size(config: RunConfig, world_size: int) -> int:
     ranks = config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size
-    return max(1, world_size // max(1, ranks))
+    return max(1, world_size // ranks)
 
 
 def _samples_per_microstep(config: RunConfig, world_size: int) -> int:
-    return max(1, config.train.micro_batch_size * _data_parallel_size(config, world_size))
+    return config.train.micro_batch_size * _data_parallel_size(config, world_size)
 
 
 def _sequence_divisor(config: RunConfig) -> int:
     """A row must divide into zig-zag chunks per context rank, and those over the tensor axis under sequence
     parallelism."""
     context, tensor = config.parallel.context_parallel_size, config.parallel.tensor_model_parallel_size
-    return (2 * context if context > 1 else 1) * (max(1, tensor) if config.parallel.sequence_parallel else 1)
+    return (2 * context if context > 1 else 1) * (tensor if config.parallel.sequence_parallel else 1)
 
 
 def _tokens_per_context_rank(config: RunConfig) -> int:
-    return config.train.micro_batch_size * config.train.seq_length // max(1, config.parallel.context_parallel_size)
+    return config.train.micro_batch_size * config.train.seq_length // config.parallel.context_parallel_size
 
 
 def _largest_weight(config: RunConfig) -> int:
     """The largest integer weight of a label: weights are k/n over one n (objectives/next_token.py)."""
-    fraction = Fraction(config.objective.vision_loss_weight).limit_denominator(LARGEST_DENOMINATOR)
+    fraction = as_fraction(config.objective.vision_loss_weight)
     return max(fraction.numerator, fraction.denominator)
 
 
 def layout_fault(parallel: ParallelConfig, world_size: int) -> str | None:
     """Why the parallel sizes do not lay out over `world_size` ranks, and the fix; None if they do."""
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if tensor < 1 or context < 1 or world_size % (tensor * context):
+    if world_size % (tensor * context):
         return (
             f"parallel.tensor_model_parallel_size {tensor} x parallel.context_parallel_size {context} does not divide "
             f"the {world_size} ranks that were started: "
             f"change the sizes or start a multiple of {tensor * context} ranks"
         )
-    if parallel.sequence_parallel and tensor == 1:
-        return (
-            "parallel.sequence_parallel is true with parallel.tensor_model_parallel_size 1: "
-            "there is no tensor axis to split along, set it to false"
-        )
     return None
+
+
+DIVIDED = ("num_attention_heads", "num_query_groups", "ffn_hidden_size")
+"""Numbers of section model that the tensor axis divides."""
+
+
+def tensor_fault(shape: DecoderShape, parallel: ParallelConfig, name: str) -> str | None:
+    """Why the tensor axis cannot divide `name` of `DIVIDED`, and the fix; None if it can."""
+    size, ranks = getattr(shape, name), parallel.tensor_model_parallel_size
+    if size % ranks == 0:
+        return None
+    return f"model.{name} {size} is not a multiple of parallel.tensor_model_parallel_size {ranks}: change one of them"
+
+
+def exchange_fault(shape: DecoderShape, parallel: ParallelConfig) -> str | None:
+    """Why heads cannot be dealt to the context ranks, and the fix; None if they can, or are not to be."""
+    groups = shape.num_query_groups // parallel.tensor_model_parallel_size
+    if parallel.cp_comm_type != "a2a" or groups % parallel.context_parallel_size == 0:
+        return None
+    return (  # Transformer Engine's assertion, context_parallel.py AttnFuncWithCPAndQKVOA2A
+        f"parallel.cp_comm_type a2a deals the {groups} query groups of a tensor rank to "
+        f"{parallel.context_parallel_size} context ranks, which does not come out even: use p2p or all_gather"
+    )
+
+
+def fp8_fault(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str | None) -> str | None:
+    """Which matrices are of no shape for 8 bits, and the fix; None if all are, or 16 bits are used."""
+    tensor, multiple = parallel.tensor_model_parallel_size, FP8_MULTIPLES.get(fp8_recipe, 1)
+    widths = {
+        "model.hidden_size": shape.hidden_size,
+        "model.ffn_hidden_size / parallel.tensor_model_parallel_size": shape.ffn_hidden_size // tensor,
+        "model.num_attention_heads x model.kv_channels / parallel.tensor_model_parallel_size": (
+            shape.num_attention_heads * shape.kv_channels // tensor
+        ),
+    }
+    wrong = " and ".join(f"{name} is {width}" for name, width in widths.items() if width % multiple)
+    if not wrong:
+        return None
+    return (
+        f"{wrong}, runtime.fp8_recipe {fp8_recipe} needs a multiple of {multiple}: "
+        "change the shape or set runtime.precision to bf16"
+    )
+
+
+def shape_faults(shape: DecoderShape, parallel: ParallelConfig, fp8_recipe: str | None) -> list[str]:
+    """What keeps a decoder from running in this layout, and in 8 bits: one message each, with its fix."""
+    faults = (
+        *(tensor_fault(shape, parallel, name) for name in DIVIDED),
+        exchange_fault(shape, parallel),
+        fp8_fault(shape, parallel, fp8_recipe),
+    )
+    return [fault for fault in faults if fault]
+
+
+def _fp8_fault(config: RunConfig) -> str | None:
+    fp8_recipe = config.runtime.fp8_recipe if config.runtime.precision == "fp8" else None
+    return fp8_fault(DecoderShape.of(config.model), config.parallel, fp8_recipe)
 
 
 def schedule_fault(optim: OptimConfig, steps: int) -> str | None:
     """Why the learning rate of a run of `steps` contradicts itself, and the fix; None if it does not."""
-    decay_steps = optim.lr_decay_steps or steps
-    if optim.lr_decay_style == "constant" or optim.lr_warmup_steps < decay_steps:
+    decays_to_the_end = optim.lr_decay_style != "constant" and optim.lr_decay_steps is None
+    if not decays_to_the_end or optim.lr_warmup_steps < steps:
         return None
     return (
-        f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {decay_steps} steps of the decay: "
+        f"optim.lr_warmup_steps {optim.lr_warmup_steps} is not below the {steps} steps of the decay: "
         "shorten the warm-up or set optim.lr_decay_steps"
     )
 
@@ -81,7 +133,7 @@ def ramp_fault(config: RunConfig, world_size: int) -> str | None:
         return None
     first, increment, samples = config.train.global_batch_size_ramp
     unit, full = _samples_per_microstep(config, world_size), config.train.global_batch_size
-    if min(first, increment, samples) >= 1 and first < full and (full - first) % increment == 0:
+    if first < full and (full - first) % increment == 0:
         if first % unit == 0 and increment % unit == 0:
             return None
     return (
@@ -101,9 +153,7 @@ def possible_precisions(precision: str, *, on_gpu: bool) -> tuple[str, ...]:
 def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
     """Why no decoder can be trained in this precision on this device, and the fix; None if one can."""
     if precision == "fp8" and not on_gpu:
-        return (
-            "runtime.precision is fp8, which needs a GPU with Transformer Engine: on a CPU set it to auto, bf16 or fp32"
-        )
+        return FP8_NEEDS_A_GPU
     if precision == "fp32" and on_gpu:
         return (
             "runtime.precision is fp32 on a GPU, where Transformer Engine has no attention over packed documents in "
@@ -114,15 +164,18 @@ def precision_fault(precision: str, *, on_gpu: bool) -> str | None:
 
 RULES = (
     Rule(lambda c, n: layout_fault(c.parallel, n) is not None, lambda c, n: layout_fault(c.parallel, n) or ""),
-    Rule(
-        lambda c, n: (
-            min(c.train.micro_batch_size, c.train.global_batch_size, c.train.train_steps, c.train.seq_length) < 1
-        ),
-        lambda c, n: (
-            f"train.micro_batch_size {c.train.micro_batch_size}, train.global_batch_size {c.train.global_batch_size}, "
-            f"train.train_steps {c.train.train_steps}, train.seq_length {c.train.seq_length}: each must be at least 1"
-        ),
+    *(
+        Rule(
+            lambda c, n, name=name: tensor_fault(DecoderShape.of(c.model), c.parallel, name) is not None,
+            lambda c, n, name=name: tensor_fault(DecoderShape.of(c.model), c.parallel, name) or "",
+        )
+        for name in DIVIDED
     ),
+    Rule(
+        lambda c, n: exchange_fault(DecoderShape.of(c.model), c.parallel) is not None,
+        lambda c, n: exchange_fault(DecoderShape.of(c.model), c.parallel) or "",
+    ),
+    Rule(lambda c, n: _fp8_fault(c) is not None, lambda c, n: _fp8_fault(c) or ""),
     Rule(
         lambda c, n: c.train.global_batch_size % _samples_per_microstep(c, n) != 0,
         lambda c, n: (
@@ -152,7 +205,7 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.train.seq_length % max(1, c.data.document_alignment) != 0 or c.data.document_alignment < 1,
+        lambda c, n: c.train.seq_length % c.data.document_alignment != 0,
         lambda c, n: (
             f"data.document_alignment {c.data.document_alignment} does not divide train.seq_length "
             f"{c.train.seq_length}: "
@@ -183,24 +236,6 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.parallel.overlap_param_gather and not c.parallel.overlap_grad_reduce,
-        lambda c, n: (
-            "parallel.overlap_param_gather is true with parallel.overlap_grad_reduce false: "
-            "set parallel.overlap_grad_reduce to true as well"
-        ),
-    ),
-    Rule(
-        lambda c, n: (
-            (c.parallel.recompute_granularity == "full")
-            != (c.parallel.recompute_method is not None and (c.parallel.recompute_num_layers or 0) > 0)
-        ),
-        lambda c, n: (
-            f"parallel.recompute_granularity {c.parallel.recompute_granularity} with recompute_method "
-            f"{c.parallel.recompute_method} and recompute_num_layers {c.parallel.recompute_num_layers}: "
-            "full needs both (uniform or block, and at least 1), anything else neither"
-        ),
-    ),
-    Rule(
         lambda c, n: (
             c.runtime.precision == "fp8" and _tokens_per_context_rank(c) % FP8_MULTIPLES[c.runtime.fp8_recipe] != 0
         ),
@@ -208,13 +243,6 @@ RULES = (
             f"runtime.fp8_recipe {c.runtime.fp8_recipe} with {_tokens_per_context_rank(c)} tokens per context rank "
             "(train.micro_batch_size x train.seq_length / parallel.context_parallel_size): "
             f"use a multiple of {FP8_MULTIPLES[c.runtime.fp8_recipe]}"
-        ),
-    ),
-    Rule(
-        lambda c, n: c.train.manual_gc_interval < 0 or (c.train.exit_duration or 0) < 0,
-        lambda c, n: (
-            f"train.manual_gc_interval {c.train.manual_gc_interval}, train.exit_duration {c.train.exit_duration}: "
-            "neither may be negative"
         ),
     ),
     Rule(
@@ -226,9 +254,13 @@ RULES = (
         ),
     ),
     Rule(
-        lambda c, n: c.checkpoint.init_optimizer and c.checkpoint.init_from is None,
+        lambda c, n: c.runtime.names_gpu and precision_fault(c.runtime.precision, on_gpu=True) is not None,
+        lambda c, n: precision_fault(c.runtime.precision, on_gpu=True) or "",
+    ),
+    Rule(
+        lambda c, n: c.observe.record_memory_history and c.runtime.device == "cpu",
         lambda c, n: (
-            "checkpoint.init_optimizer is true without checkpoint.init_from: name the checkpoint, or set it to false"
+            "observe.record_memory_history is true with runtime.device cpu: it looks at a GPU's memory, set it to false"
         ),
     ),
 )

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionModelWithProjection, logging
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import suffix_of
 from megatron_ext.runtime.arithmetic import full_fp32
 
@@ -93,7 +93,7 @@ def _load_clip(folder: Path) -> CLIPVisionModelWithProjection:
             folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(f"clip {folder} cannot be loaded ({' '.join(str(error).split())})") from None
+        raise InputError(f"clip {folder} cannot be loaded ({reason_of(error)})") from None
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
@@ -109,7 +109,7 @@ def _load_head(path: Path) -> nn.Sequential:
     try:
         weights = load_file(path) if suffix_of(path) == "safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise InputError(f"head {path} cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"head {path} cannot be loaded ({reason_of(error)})") from None
     names = set(weights) if isinstance(weights, Mapping) else set()
     for prefixes in (LINEAR, IMPROVED):
         if names == {prefix + kind for prefix in prefixes for kind in ("weight", "bias")}:

@@ -13,7 +13,8 @@ from typing import Any
 
 import openai
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
+from megatron_ext.config.section import Count, Name, NonNegative, Positive, Section
 
 LARGEST_WAIT_S = 60.0
 """Seconds: what a server asks for beyond this (Retry-After) is not waited for, and waits grow no further."""
@@ -23,45 +24,40 @@ SILENT_AFTER = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerConfig:
+class ServerConfig(Section, section="server"):
     """Where and how to ask."""
 
     base_url: str
     """Address of the server up to /v1: http://node:8000/v1."""
 
-    model: str
+    model: Name
     """Name of the model there; `curl BASE_URL/models` lists them."""
 
-    api_key_env: str = "OPENAI_API_KEY"
+    api_key_env: Name = "OPENAI_API_KEY"
     """Environment variable that holds the key; unset sends a placeholder, which vLLM takes."""
 
-    concurrency: int = 32
+    concurrency: Count = 32
     """Questions in flight at once; a server that batches needs many."""
 
-    timeout_s: float = 120.0
+    timeout_s: Positive = 120.0
     """Seconds for one whole answer, however slowly it drips."""
 
-    attempts: int = 6
+    attempts: Count = 6
     """How often a question is asked when the server fails, is busy or silent."""
 
-    backoff_s: float = 1.0
+    backoff_s: NonNegative = 1.0
     """Seconds before the second attempt; twice as long before each further one, up to 60, with jitter."""
 
-    max_tokens: int = 512
+    max_tokens: Count = 512
     """Tokens of an answer at most; one that is cut there is unusable."""
 
-    temperature: float = 0.0
+    temperature: NonNegative = 0.0
     """Of sampling; 0 takes the likeliest token."""
 
     def __post_init__(self) -> None:
-        for name in ("concurrency", "timeout_s", "attempts", "max_tokens"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"server.{name} = {getattr(self, name)}: must be positive")
-        for name in ("backoff_s", "temperature"):
-            if getattr(self, name) < 0:
-                raise InputError(f"server.{name} = {getattr(self, name)}: must not be negative")
+        super().__post_init__()
         if not self.base_url.startswith(("http://", "https://")):
-            raise InputError(f"server.base_url = {self.base_url!r}: give http://HOST:PORT/v1")
+            raise InputError(f"server.base_url {self.base_url!r}: give http://HOST:PORT/v1")
 
 
 class Unanswered(Exception):
@@ -145,11 +141,11 @@ class CaptionServer:
             if status in (401, 403, 404):
                 raise InputError(
                     f"server.base_url = {self._config.base_url}: HTTP {status} for model {self._config.model!r} "
-                    f"({_one_line(error)}): correct server.base_url, server.model or the key in "
+                    f"({reason_of(error)}): correct server.base_url, server.model or the key in "
                     f"${self._config.api_key_env}"
                 ) from None
             if status < 500 and status not in (408, 409, 425, 429):
-                raise Unanswered(f"the server refuses it: HTTP {status} ({_one_line(error)})") from None
+                raise Unanswered(f"the server refuses it: HTTP {status} ({reason_of(error)})") from None
             return f"HTTP {status}"
         if isinstance(error, TimeoutError | openai.APITimeoutError):
             return f"no answer within {self._config.timeout_s:g} s"
@@ -176,7 +172,3 @@ class CaptionServer:
             except ValueError:  # a date, which no server of this protocol sends
                 pass
         return min(wait, LARGEST_WAIT_S)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -9,19 +9,19 @@ Shapes: H W pixels, C colour channels.
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
 
-from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Positive, Section, most
 from megatron_ext.curate.spans import cut_evenly, evenly_spaced
 from megatron_ext.media import MediaError, Sample, decode_picture
 from megatron_ext.media.video import Video
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShownConfig:
+class ShownConfig(Section, section="shown"):
     """What the model is shown."""
 
     picture_prompt: str = "Describe this picture in detail."
@@ -30,27 +30,20 @@ class ShownConfig:
     clip_prompt: str = "These are frames of one video clip, in order of time. Describe in detail what happens in it."
     """What is asked about the frames of a clip."""
 
-    num_frames: int = 12
+    num_frames: Count = 12
     """Frames of a clip, or of a piece of a longer one."""
 
-    whole_under_s: float = 20.0
+    whole_under_s: Positive = 20.0
     """Seconds: a clip this long or longer is cut into equal pieces of at least half of it."""
 
-    picture_edge: int = 1024
+    picture_edge: Count = 1024
     """Pixels: pictures with a longer edge beyond it are reduced to it."""
 
-    frame_edge: int = 512
+    frame_edge: Count = 512
     """Pixels: likewise for the frames of clips."""
 
-    jpeg_quality: int = 90
+    jpeg_quality: Annotated[Count, most(100)] = 90
     """Quality of the JPEGs that are sent, up to 100."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_frames", "whole_under_s", "picture_edge", "frame_edge"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"shown.{name} = {getattr(self, name)}: must be positive")
-        if not 1 <= self.jpeg_quality <= 100:
-            raise InputError(f"shown.jpeg_quality = {self.jpeg_quality}: must be in 1..100")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Annotated
 
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Number, Section, most
 from megatron_ext.curate.scenes import Span
 from megatron_ext.curate.spans import evenly_spaced
 from megatron_ext.media import MediaError
@@ -32,20 +34,19 @@ AESTHETIC_FRAMES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodingConfig:
+class EncodingConfig(Section, section="encoding"):
     """How clips are written: H.264 in MP4, without sound, with the time stamps of the source."""
 
-    crf: int = 17
+    crf: Annotated[Number, most(51)] = 17
     """libx264's constant rate factor: 0 loses nothing, 17 is hard to tell from the source, 51 is worst."""
 
     preset: str = "medium"
     """libx264's preset: slower ones make smaller files."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.crf <= 51:
-            raise InputError(f"encoding.crf = {self.crf}: must be in 0..51")
+        super().__post_init__()
         if self.preset not in PRESETS:
-            raise InputError(f"encoding.preset = {self.preset!r}: give one of {', '.join(PRESETS)}")
+            raise InputError(f"encoding.preset {self.preset!r}: give one of {', '.join(PRESETS)}")
 
 
 COLOURS = ("color_range", "colorspace", "color_primaries", "color_trc")

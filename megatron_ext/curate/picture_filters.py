@@ -1,19 +1,20 @@
 """Which pictures are kept: thresholds, and what is said of a picture whose scores are known."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import NonNegative, Number, Section, Share, least, most
 from megatron_ext.curate.duplicates import MAX_DISTANCE
 from megatron_ext.curate.verdict import DROPPED, Judgement, Verdict, at_least, at_most, verdict_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureFiltersConfig:
+class PictureFiltersConfig(Section, section="filters"):
     """Which pictures are kept. Size and aesthetic score are the paper's (section 2.1); the others are ours, because the
     paper says what was filtered and not where the bounds were."""
 
-    min_side: int = 512
+    min_side: Number = 512
     """Least height and least width in pixels, upright; 0 for any."""
 
     min_aesthetic: float = 5.5
@@ -23,33 +24,28 @@ class PictureFiltersConfig:
     """rescue: a picture below the aesthetic score is kept all the same when it has little text and is not monochrome,
     as in the paper; require: every picture must; off: neither is asked."""
 
-    max_text: float = 0.05
+    max_text: Share = 0.05
     """Largest share of the area under boxes of text; a line across a picture takes about 0.04."""
 
-    text_shorter_edge: int = 512
+    text_shorter_edge: Annotated[int, least(64)] = 512
     """Pixels to which the shorter edge is reduced before text is looked for."""
 
-    min_colour: float = 3.0
+    min_colour: NonNegative = 3.0
     """Least colour spread, in units of CIE L*a*b*: 3.1 to 39 on 31 colour photographs, up to 1.8 on toned ones."""
 
     drop_duplicates: bool = True
     """Of pictures with the same file or the same pixels keep one: the largest, of these the largest file, of these the
     first."""
 
-    max_hash_distance: int | None = 4
+    max_hash_distance: Annotated[Number, most(MAX_DISTANCE)] | None = 4
     """Of pictures whose perceptual hashes differ in at most so many of 64 bits keep one; null keeps all. Recompression
     and scaling move up to 2 bits, brightness up to 6; different photographs differ in 20 and more."""
 
     def __post_init__(self) -> None:
-        if self.max_hash_distance is not None and not 0 <= self.max_hash_distance <= MAX_DISTANCE:
-            raise InputError(f"filters.max_hash_distance = {self.max_hash_distance}: give 0 to {MAX_DISTANCE}, or null")
-        if not 0 <= self.max_text <= 1:
-            raise InputError(f"filters.max_text = {self.max_text}: it is a share of the area, give 0 to 1")
-        if self.text_shorter_edge < 64:
-            raise InputError(f"filters.text_shorter_edge = {self.text_shorter_edge}: give 64 pixels or more")
+        super().__post_init__()
         if self.max_hash_distance is not None and not self.drop_duplicates:
             raise InputError(
-                "filters.drop_duplicates is false and max_hash_distance is not null: set it to null as well"
+                "filters.drop_duplicates is false and filters.max_hash_distance is not null: set it to null as well"
             )
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from megatron_ext.config import InputError
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
+from megatron_ext.config.section import Name, Section
 from megatron_ext.runtime.device import choose_device
 
 if TYPE_CHECKING:
@@ -12,14 +13,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AestheticConfig:
+class AestheticConfig(Section, section="aesthetic"):
     """LAION's aesthetic predictor."""
 
-    clip: str | None = None
+    clip: Name | None = None
     """Folder in which transformers saved CLIP ViT-L/14 (openai/clip-vit-large-patch14, whole or its vision half); null
     turns the filter off, and the report says so."""
 
-    head: str | None = None
+    head: Name | None = None
     """The head on it, .pth or .safetensors: LAION's linear one (sa_0_4_vit_l_14_linear) or the improved one
     (sac+logos+ava1-l14-linearMSE)."""
 
@@ -27,6 +28,7 @@ class AestheticConfig:
     """Where; auto takes CUDA when a GPU is visible."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.clip is None) != (self.head is None):
             given, missing = ("clip", "head") if self.head is None else ("head", "clip")
             raise InputError(f"aesthetic.{given} is given without aesthetic.{missing}: give both, or neither")

@@ -12,37 +12,30 @@ from fractions import Fraction
 import numpy as np
 import scenedetect
 
-from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, NonNegative, Positive, Section
 from megatron_ext.curate.spans import cut_evenly
 from megatron_ext.media import MediaError
 from megatron_ext.media.video import CLOCK_SLACK, Video
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScenesConfig:
+class ScenesConfig(Section, section="scenes"):
     """How a video is split. The paper's settings are unpublished; the thresholds are PySceneDetect's own."""
 
-    content_threshold: float = 27.0
+    content_threshold: Positive = 27.0
     """Mean change of hue, saturation and brightness (0..255) from frame to frame that is a cut."""
 
-    fade_threshold: float = 12.0
+    fade_threshold: Positive = 12.0
     """Mean value (0..255) of a frame that has faded to black; the cut is in the middle of the black."""
 
-    min_scene_s: float = 0.6
+    min_scene_s: NonNegative = 0.6
     """Seconds: a cut this close to the one before is none, so that a flash is one cut."""
 
-    max_clip_s: float = 20.0
+    max_clip_s: Positive = 20.0
     """Seconds: a scene of this length or more is cut into equal clips of at least half of it."""
 
-    shorter_edge: int = 144
+    shorter_edge: Count = 144
     """Pixels of the shorter edge at which frames are compared."""
-
-    def __post_init__(self) -> None:
-        for name in ("content_threshold", "fade_threshold", "max_clip_s", "shorter_edge"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"scenes.{name} = {getattr(self, name)}: must be positive")
-        if self.min_scene_s < 0:
-            raise InputError(f"scenes.min_scene_s = {self.min_scene_s}: must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import NonNegative, Number, Section, Share
 from megatron_ext.curate.clips import LOOKED_AT_EDGE, aesthetic_frames, looked_at
 from megatron_ext.curate.motion import FlowMethod, motion
 from megatron_ext.curate.pictures import clip_square
@@ -24,25 +25,25 @@ FILTERS = ("resolution", "duration", "motion", "text", "aesthetic")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VideoFiltersConfig:
+class VideoFiltersConfig(Section, section="filters"):
     """Which clips are kept. Only the aesthetic bound is published (Emu3 paper, section 2.1); the others are ours."""
 
-    min_shorter_edge: int = 256
+    min_shorter_edge: Number = 256
     """Pixels of the shorter edge: smaller videos would have to be enlarged to be looked at."""
 
-    min_clip_s: float = 2.0
+    min_clip_s: NonNegative = 2.0
     """Seconds: shorter clips are dropped."""
 
-    min_motion: float = 0.002
+    min_motion: NonNegative = 0.002
     """Mean optical flow from one frame looked at to the next, in shorter edges: 0.5 pixels of 256 in half a second."""
 
-    max_motion: float = 0.2
+    max_motion: NonNegative = 0.2
     """Likewise at most: 51 pixels of 256, about as far as flow can be followed."""
 
     flow: FlowMethod = "dis"
     """How optical flow is found: dis, or farneback, which is slower and follows less far."""
 
-    max_text: float | None = 0.1
+    max_text: Share | None = 0.1
     """Share of the picture that text covers, mean of the frames looked at; null does not look for text."""
 
     min_aesthetic: float = 5.0
@@ -52,8 +53,12 @@ class VideoFiltersConfig:
     """Measure also what an earlier filter has dropped already: for histograms to choose bounds from."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.min_motion > self.max_motion:
-            raise InputError(f"filters.min_motion = {self.min_motion} is above max_motion = {self.max_motion}")
+            raise InputError(
+                f"filters.min_motion {self.min_motion} is above filters.max_motion {self.max_motion}: "
+                "change one of them"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

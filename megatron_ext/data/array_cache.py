@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.data.built_once import build_once
 
 _BARE = 128
@@ -44,11 +44,11 @@ def cached_arrays(
     try:
         build_once(folder, fill)
     except OSError as error:
-        raise InputError(f"cannot write {what} into {folder.parent} ({error.strerror}): {remedy}") from None
+        raise InputError(f"cannot write {what} into {folder.parent} ({reason_of(error)}): {remedy}") from None
     try:
         return {name: _load(folder / f"{name}.npy") for name in names}
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{what} {folder} is damaged ({error}): remove it, it will be rebuilt") from None
+        raise InputError(f"{what} {folder} is damaged ({reason_of(error)}): remove it, it will be rebuilt") from None
 
 
 def _load(path: Path) -> np.ndarray:

@@ -67,7 +67,7 @@ def encode_segments(documents: Sequence[tuple[str, Sequence[Segment]]], vocabula
         keys=tuple(key for key, _ in documents),
         span_counts_D=np.array([len(bounds) for bounds in spans], dtype=np.int64),
         bounds_M2=np.concatenate([np.empty((0, 2), np.int32), *spans]).astype(np.int32),
-        visual_ids=sum(int(np.prod(part.grid[:3])) for part in media),
+        visual_ids=sum(part.grid.codes for part in media),
     )
 
 

@@ -21,8 +21,14 @@ from megatron_ext.data.encoded import encode_segments
 from megatron_ext.data.manifest import Manifest, dataset_path, file_facts
 from megatron_ext.data.object_store import RemoteDataset, is_remote
 from megatron_ext.data.sidecar import Sidecar, SidecarBuilder, write_sidecar
-from megatron_ext.files import replacing
+from megatron_ext.files import check_open_files, replacing
 from megatron_ext.vocab import Vocabulary, decode_document
+
+FILES_OPEN = 3
+"""Files that a dataset keeps open, those that Python's mmap duplicates among them."""
+
+FILES_READ = 8
+"""More than are open at once while manifest, sidecar and packing index are read."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +47,7 @@ class DocumentDataset:
 
     def __init__(self, prefix: str | Path, vocabulary: Vocabulary, cache_dir: str | None = None):
         self.name = str(prefix)
+        check_open_files(FILES_OPEN + FILES_READ, self.name)
         remote = RemoteDataset(str(prefix), cache_dir) if is_remote(prefix) else None
         self.prefix = remote.local_prefix if remote else Path(prefix)
         self.vocabulary = vocabulary

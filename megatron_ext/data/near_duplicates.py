@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.data.array_cache import cached_arrays, digest, stamp
 from megatron_ext.data.draws import key_hashes
 from megatron_ext.media.hash_blocks import Speed, block_masks
@@ -91,6 +91,6 @@ def _read_table(path: Path) -> tuple[np.ndarray, np.ndarray]:
                     bits = np.array([int(value, 16) for value in hashes.to_pylist()], dtype=np.uint64)
                 found.append((key_hashes(keys.to_pylist()), bits))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, pyarrow.ArrowException) as error:
-        reason = " ".join(str(error).split())
+        reason = reason_of(error)
         raise InputError(f"duplicates: cannot read columns key and phash of {path}: {reason}") from None
     return np.concatenate([keys for keys, _ in found]), np.concatenate([values for _, values in found])

@@ -12,7 +12,7 @@ from typing import Any
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.object_storage_utils import S3_PREFIX, ObjectStorageConfig, parse_s3_path
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.data.built_once import build_once
 
 COPIED = (".idx", ".spans.npz")
@@ -98,5 +98,5 @@ def _client(prefix: str) -> Any:
 
 
 def _unreachable(path: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split())
+    reason = reason_of(error)
     return InputError(f"cannot read {path} ({reason}): check the path, credentials and AWS_ENDPOINT_URL")

@@ -1,9 +1,10 @@
 """Options of preprocess_data.py."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Name, Number, Seed, Share, below, most
 from megatron_ext.config.vocab import VocabConfig
 from megatron_ext.data.templates import check_template
 from megatron_ext.media.array import ShardConfig
@@ -19,39 +20,39 @@ class PreprocessConfig(ShardConfig):
     vocab: VocabConfig = field(default_factory=VocabConfig)
     """Which ids mean what."""
 
-    vision: tuple[str, ...] = ()
+    vision: tuple[Name, ...] = ()
     """List of folders of tokenized pictures and clips, as tokenize_vision.py writes them; documents of captions."""
 
-    rows: tuple[str, ...] = ()
+    rows: tuple[Name, ...] = ()
     """List of glob patterns of .jsonl (also .gz or .zst) and .parquet files whose rows are documents that refer to
     media by key: interleaved ones (content), or questions and answers (media, question, answer or turns)."""
 
-    row_media: tuple[str, ...] = ()
+    row_media: tuple[Name, ...] = ()
     """List of folders of tokenized media that rows refer to."""
 
-    text: tuple[str, ...] = ()
+    text: tuple[Name, ...] = ()
     """List of glob patterns of text files (`**` for folders): UTF-8, or .jsonl and .parquet with a document per row in
     text_field; each but .parquet also as .gz or .zst."""
 
-    output_prefix: str
+    output_prefix: Name
     """Path of the datasets without `_train`, `_valid` and suffix."""
 
     text_unit: TextUnit = "paragraph"
     """What of a plain text file is one document: a line, a paragraph (up to an empty line), or the file."""
 
-    text_field: str = "text"
+    text_field: Name = "text"
     """Field of .jsonl and column of .parquet that holds the text of a document."""
 
     caption_position: Literal["before", "after", "both", "random"] = "random"
     """A caption stands before its picture (to draw it), after it (to describe it), both (two documents), or random."""
 
-    caption_after_probability: float = 0.5
+    caption_after_probability: Share = 0.5
     """Probability of `after` for caption_position random; drawn per caption from seed and source key."""
 
-    captions_per_sample: int = 0
+    captions_per_sample: Number = 0
     """How many captions of a picture or clip become documents, drawn from seed and source key; 0: all."""
 
-    empty_caption_probability: float = 0.0
+    empty_caption_probability: Share = 0.0
     """Probability that a caption before its picture is left out, so that pictures can be drawn without a prompt, as
     classifier-free guidance needs it; drawn per caption from seed and source key."""
 
@@ -72,43 +73,34 @@ class PreprocessConfig(ShardConfig):
     missing_caption: Literal["skip", "keep"] = "skip"
     """What a picture or clip without a caption is: a bad sample, or a document of its own."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of pictures, clips, rows and texts that may be unusable (no caption, not UTF-8, no string where a
     text should be, a key that comes twice, media that are missing); more of them stop, as soon as it is plain."""
 
-    valid_fraction: float = 0.0
+    valid_fraction: Annotated[Share, below(1)] = 0.0
     """Share of the sources held out, whatever the seed; all documents of a picture fall on one side, and near-duplicate
     texts and pictures (see duplicates) on the same."""
 
-    duplicates: tuple[str, ...] = ()
+    duplicates: tuple[Name, ...] = ()
     """List of glob patterns of Parquet files with columns key and phash, as curate_images.py writes them: pictures
     whose perceptual hashes differ little fall on one side of the held-out split. Without: each key by itself."""
 
-    duplicate_distance: int = 4
+    duplicate_distance: Annotated[Number, most(15)] = 4
     """Largest number of bits in which the 64-bit perceptual hashes of near-duplicates differ."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Of all that is drawn but the held-out side."""
 
-    workers: int = 1
+    workers: Count = 1
     """Processes that encode; 1: this one, whose text tokenizer uses all its cores. The bytes are the same."""
 
     overwrite: bool = False
     """Do work again that is finished and whose inputs and options have not changed."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.valid_fraction < 1:
-            raise InputError(f"valid_fraction is {self.valid_fraction}: give a share of at least 0 and below 1")
-        for name in ("caption_after_probability", "empty_caption_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}: give a share in 0..1")
+        super().__post_init__()
         if not self.vision and not self.text and not self.rows:
             raise InputError("vision and text are both empty, and so is rows: give at least one folder or pattern")
-        if self.workers < 1 or self.captions_per_sample < 0 or not 0 <= self.duplicate_distance < 16:
-            raise InputError(
-                f"workers = {self.workers}, captions_per_sample = {self.captions_per_sample}, duplicate_distance = "
-                f"{self.duplicate_distance}: give at least 1, at least 0, and 0 to 15"
-            )
         for name, wanted in _PLACES.items():
             given = getattr(self, name)
             if not given:

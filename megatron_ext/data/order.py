@@ -15,9 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_ext.config import InputError
-
-MAX_PERIOD = 10_000
-"""Longest period of a blend: shares of windows are exact to 1/10,000, and exact when a shorter period fits them."""
+from megatron_ext.config.data import LONGEST_PERIOD
 
 _ROUNDS = 8
 
@@ -68,8 +66,8 @@ class Permutation:
 
 
 def apportion(weights: Sequence[float], names: Sequence[str] | None = None) -> tuple[int, ...]:
-    """Integer slots per period whose shares are the weights': exact where a period of at most MAX_PERIOD slots can
-    hold them, else MAX_PERIOD slots shared by largest remainder.
+    """Integer slots per period whose shares are the weights': exact where a period of at most LONGEST_PERIOD slots can
+    hold them, else LONGEST_PERIOD slots shared by largest remainder.
 
     Raises:
         InputError: a weight that is not a positive number, or too small a share to get one slot.
@@ -81,8 +79,8 @@ def apportion(weights: Sequence[float], names: Sequence[str] | None = None) -> t
     exact = [Fraction(str(weight)) for weight in weights]  # str: 0.1 means one tenth, not its nearest double
     shares = [weight / sum(exact) for weight in exact]
     period = math.lcm(*(share.denominator for share in shares))
-    if period > MAX_PERIOD:
-        period = MAX_PERIOD
+    if period > LONGEST_PERIOD:
+        period = LONGEST_PERIOD
     slots = [math.floor(share * period) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda d: (slots[d] - shares[d] * period, d))
     for dataset in by_remainder[: period - sum(slots)]:
@@ -90,7 +88,7 @@ def apportion(weights: Sequence[float], names: Sequence[str] | None = None) -> t
     for name, weight, count in zip(names, weights, slots, strict=True):
         if count == 0:
             raise InputError(
-                f"data weight of {name} is {weight}, less than 1/{MAX_PERIOD} of all: raise it or leave it out"
+                f"data weight of {name} is {weight}, less than 1/{LONGEST_PERIOD} of all: raise it or leave it out"
             )
     return tuple(slots)
 

@@ -182,7 +182,7 @@ class Work:
             vocabulary=self.vocabulary,
             lookup=MediaIndex(self.inputs.row_folders if any(unit.kind == "rows" for unit in self.units) else ()),
             held_out=find_held_out(
-                self.inputs.tars,
+                self.inputs.tars if any(unit.kind != "text" for unit in self.units) else (),
                 self.inputs.row_files,
                 self.inputs.tables,
                 fraction=config.valid_fraction,

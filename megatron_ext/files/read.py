@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 
 DEEPEST_JSON = 200
 """Arrays and objects within each other. Python parses some 1,000, and then fails to write or to send what it parsed."""
@@ -48,8 +48,7 @@ def reading(path: object, what: str) -> Iterator[None]:
     except InputError:
         raise
     except _faults_of_content() as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise InputError(f"cannot read {what} {path}: {reason}") from None
+        raise InputError(f"cannot read {what} {path}: {reason_of(error)}") from None
 
 
 def _faults_of_content() -> tuple[type[Exception], ...]:

@@ -1,6 +1,5 @@
 """Writing a file under another name first, and what the system says when it cannot be written."""
 
-import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -45,21 +44,3 @@ def writing(path: object, field: str) -> Iterator[None]:
             f"{field}: cannot write {path} ({error.strerror or error}): make room, check its permissions, or give "
             "another path"
         ) from error
-
-
-def check_writable(path: str | Path, field: str) -> None:
-    """Make the folder of a file and try to write there: said before the work whose result goes to `path`.
-
-    Raises:
-        InputError: the file could not be written.
-    """
-    path = Path(path)
-    with writing(path, field):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        trial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-        try:
-            trial.touch()
-        finally:
-            trial.unlink(missing_ok=True)

@@ -5,36 +5,30 @@ Shapes: V ids of the vocabulary, C candidates (the ids that may come next).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_ext.config import InputError
+from megatron_ext.config.section import NonNegative, Number, Section, Share, above
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Section):
     """How the next id is drawn; the defaults are Emu3's for pictures (E3 image_generation.py:31-56)."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits before sampling; 0 takes the likeliest id."""
 
-    top_k: int = 2048
+    top_k: Number = 2048
     """Only the likeliest this many may be drawn; 0 turns it off."""
 
-    top_p: float = 1.0
+    top_p: Annotated[Share, above(0)] = 1.0
     """Only the likeliest ids that together reach this probability may be drawn; 1 turns it off."""
 
-    guidance_scale: float = 3.0
+    guidance_scale: NonNegative = 3.0
     """Classifier-free guidance: weight of the prompt against the negative prompt; 1 turns it off."""
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: temperature and top_k must "
-                "be 0 or more, top_p above 0 and at most 1"
-            )
 
 
 def seeded_generator(seed: int, sample: int) -> torch.Generator:

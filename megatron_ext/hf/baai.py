@@ -26,7 +26,8 @@ VISION_CODE = (
 CODE_VERSION = "4.44.0"
 """transformers that BAAI's files are written for; they break in 4.51 (baaivision/Emu3 issue 74)."""
 
-_USAGE = f"""# BAAI's code: pip install transformers=={CODE_VERSION}, and github.com/baaivision/Emu3 on the Python path
+_USAGE = f"""# BAAI's code: pip install transformers=={CODE_VERSION}, and github.com/baaivision/Emu3 on the Python path.
+# transformers looks for every package that BAAI's files import: without a GPU, an empty module flash_attn will do.
 from transformers import AutoImageProcessor, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from emu3.mllm.processing_emu3 import Emu3Processor
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)

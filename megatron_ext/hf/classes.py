@@ -96,6 +96,7 @@ def _emu3(
             "model = AutoModelForImageTextToText.from_pretrained(folder)\n"
             f"tokenizer = AutoTokenizer.from_pretrained(folder){processor[1]}"
         ),
+        warning=_RANDOM_WEIGHTS,
         notes=(*notes, _SPECIAL_STRINGS),
         front={"library_name": "transformers", "pipeline_tag": "any-to-any"},
     )
@@ -129,6 +130,15 @@ def _qwen3(source: Source, dtype: torch.dtype, text: dict[str, Any], files: dict
         front={"library_name": "transformers", "pipeline_tag": "text-generation"},
     )
 
+
+_RANDOM_WEIGHTS = (
+    "**Load this folder with `AutoModelForImageTextToText`, also for text alone, and never with "
+    "`AutoModelForCausalLM`.** transformers takes its `Emu3ForCausalLM` for the latter, which finds none of the "
+    "weights under its own names and goes on with random ones, without an error; so do `pipeline('text-generation')` "
+    "and lm-eval's `--model hf`."
+)
+# Upstream: transformers maps model_type emu3 to Emu3ForCausalLM, whose tensors are model.*; here they are
+# text_model.model.*. selfcheck.py says when that changes.
 
 _SPECIAL_STRINGS = (
     "The tokenizer gives the ids that training used, with one exception: it turns the string of a special token inside "

@@ -79,6 +79,9 @@ class Contents:
     usage: str
     """Python that loads the folder, for the model card."""
 
+    warning: str | None = None
+    """What goes wrong in silence, in Markdown: the first thing that the model card says."""
+
     notes: tuple[str, ...]
     """What to know, and what the format cannot hold, in sentences."""
 

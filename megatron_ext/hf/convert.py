@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_ext.checkpoint.lazy import LazyTensor
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.config.model import ModelConfig
 from megatron_ext.hf.decoder import Decoder, canonical_name, decoder_table, shape_from_text_config, their_shapes
 from megatron_ext.hf.table import UnknownName
@@ -221,7 +221,7 @@ def _load_vision(folder: str | Path, fields: dict[str, Any], prefix: str) -> MoV
         ours = vision_table().to_ours(theirs)
         tokenizer.load_state_dict({name: tensor.whole() for name, tensor in ours.items()})
     except (RuntimeError, KeyError, UnknownName) as error:
-        raise InputError(f"{folder}: vision tokenizer does not fit: {' '.join(str(error).split())[:300]}") from None
+        raise InputError(f"{folder}: vision tokenizer does not fit: {reason_of(error)}") from None
     return tokenizer.eval()
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.hf.baai import baai_contents
 from megatron_ext.hf.card import model_card
 from megatron_ext.hf.classes import transformers_contents
@@ -126,8 +126,9 @@ def _card(contents: Contents, source: Source, dtype: torch.dtype) -> str:
     notes = "\n".join(f"- {note}" for note in contents.notes)
     type_name = str(dtype).removeprefix("torch.")
     row_end = "EOL after each row, EOF" if source.vocabulary.block.frame_ends else "EOL between rows"
-    body = f"""{source.decoder.shape.num_layers} layers, {source.decoder.parameters:,} parameters in {type_name},
-vocabulary `{layout.name}` of {layout.size:,} ids ({layout.codebook_size:,} visual), {tokenizer}.
+    warning = f"> {contents.warning}\n\n" if contents.warning else ""
+    body = f"""{warning}{source.decoder.shape.num_layers} layers, {source.decoder.parameters:,} parameters in
+{type_name}, vocabulary `{layout.name}` of {layout.size:,} ids ({layout.codebook_size:,} visual), {tokenizer}.
 
 ```python
 {contents.usage}
@@ -135,6 +136,8 @@ vocabulary `{layout.name}` of {layout.size:,} ids ({layout.codebook_size:,} visu
 
 {notes}
 - A picture is `[BOS] caption [SOV] height*width [SOT] visual ids, {row_end}, [EOV] [EOS]`.
+- Every document of the training begins with BOS, and the tokenizer does not write it: put `tokenizer.bos_token` before
+  a text, or have your tool do so (lm-eval: `add_bos_token=True`).
 - `sha256sum -c {SUMS}` tells whether all files are as they were written.
 """
     return model_card(
@@ -160,7 +163,7 @@ def check_release(folder: str | Path) -> dict[str, Any]:
     result = subprocess.run(command, env=os.environ | OFFLINE, capture_output=True, text=True)
     if result.returncode != 0:
         reason = result.stderr.strip().splitlines()[-1:] or [f"exit code {result.returncode}"]
-        raise InputError(f"{folder} does not work in transformers: {reason[0][:500]}")
+        raise InputError(f"{folder} does not work in transformers: {reason_of(reason[0])}")
     return {"files": files, **json.loads(result.stdout.splitlines()[-1])}
 
 

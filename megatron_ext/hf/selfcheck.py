@@ -81,12 +81,22 @@ def check_emu3(folder: str, config: dict) -> dict:
     pixels = model.decode_image_tokens(image_tokens=drawn[:, ids.shape[1] :], height=GRID, width=GRID)
     side = GRID * model.model.vqmodel.vision_spatial_factor
     assert pixels.shape[-2:] == (side, side) and pixels.isfinite().all(), "the drawn picture is broken"
-    return {
+    done = {
         "model": type(model).__name__,
         "dtype": check_dtype(model, config),
         "processor": has_processor,
         "drew": [side, side],
     }
+    del model  # the next takes as much memory
+    return {**done, "AutoModelForCausalLM": what_causal_lm_gives(folder)}
+
+
+def what_causal_lm_gives(folder: str) -> str:
+    """Whose weights the class for texts has that transformers takes for the folder: the card warns of random ones."""
+    _, report = AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", local_files_only=True, output_loading_info=True
+    )
+    return "random weights, see the model card" if report["missing_keys"] else "the folder's weights"
 
 
 def check_text(folder: str, config: dict) -> dict:

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.validate import possible_precisions, validate
-from megatron_ext.files import writing
+from megatron_ext.files import check_folder
 from megatron_ext.plan import DecoderShape, count_parameters
 from megatron_ext.vocab import Vocabulary
 
@@ -77,7 +76,7 @@ def check_place(config: RunConfig, request: Request) -> None:
     validate(config, request.world_size)
     _check_files(config)
     run_folder = Path(config.observe.run_dir)
-    _check_writable(run_folder)
+    check_folder(run_folder, "observe.run_dir")
     saved = latest_checkpoint(run_folder / "checkpoints")
     if saved is not None:
         _check_same_run(config, saved)
@@ -117,14 +116,6 @@ def _check_files(config: RunConfig) -> None:
     source = config.checkpoint.init_from
     if source is not None and not Path(source).exists():
         raise InputError(f"checkpoint.init_from {source!r} is not there: give a checkpoint, run or Hugging Face folder")
-
-
-def _check_writable(run_folder: Path) -> None:
-    there = run_folder
-    while not there.exists():
-        there = there.parent
-    with writing(run_folder, "observe.run_dir"), tempfile.NamedTemporaryFile(dir=there):
-        pass
 
 
 def _check_same_run(config: RunConfig, saved: Path) -> None:

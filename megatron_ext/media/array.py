@@ -4,20 +4,31 @@ import os
 from dataclasses import dataclass
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Number, Section
 
 TASK_ID, TASK_FIRST, TASK_COUNT, TASK_STEP = (f"SLURM_ARRAY_TASK_{name}" for name in ("ID", "MIN", "COUNT", "STEP"))
 """What Slurm sets in every task of a job array (sbatch(1), "OUTPUT ENVIRONMENT VARIABLES")."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardConfig:
+class ShardConfig(Section):
     """The options of a program of which many jobs may share the inputs."""
 
-    shard_index: int | None = None
+    shard_index: Number | None = None
     """Which share of the inputs this job does, from 0; null takes the task of Slurm's job array, else all."""
 
-    num_shards: int | None = None
+    num_shards: Count | None = None
     """Number of jobs that share the inputs; null takes the size of Slurm's job array, else 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        index, count = self.shard_index, self.num_shards
+        if (index is None) != (count is None):
+            given, missing = ("shard_index", "num_shards") if count is None else ("num_shards", "shard_index")
+            value = index if count is None else count
+            raise InputError(f"{given} {value} without {missing}: give both, or neither inside a job array")
+        if index is not None and index >= count:
+            raise InputError(f"shard_index {index} with num_shards {count}: shards are numbered from 0 to {count - 1}")
 
 
 def shard_of_job(shard_index: int | None, num_shards: int | None) -> tuple[int, int]:
@@ -26,22 +37,11 @@ def shard_of_job(shard_index: int | None, num_shards: int | None) -> tuple[int, 
     Task ids may start anywhere and go in steps (`--array=3-11:4` has shards 0, 1, 2).
 
     Raises:
-        InputError: one option without the other, an index outside the shards, or an array with holes
-            (`--array=1,5,6`), whose ids do not say which shard is whose.
+        InputError: an array with holes (`--array=1,5,6`), whose ids do not say which shard is whose.
     """
-    if (shard_index is None) != (num_shards is None):
-        given, missing = ("shard_index", "num_shards") if num_shards is None else ("num_shards", "shard_index")
-        value = shard_index if num_shards is None else num_shards
-        raise InputError(f"{given} = {value} without {missing}: give both, or neither inside a job array")
-    if shard_index is None or num_shards is None:
-        if not os.environ.get(TASK_ID):
-            return 0, 1
-        shard_index, num_shards = _shard_of_array()
-    if num_shards < 1 or not 0 <= shard_index < num_shards:
-        raise InputError(
-            f"shard_index = {shard_index}, num_shards = {num_shards}: shards are numbered from 0 to num_shards - 1"
-        )
-    return shard_index, num_shards
+    if shard_index is not None and num_shards is not None:
+        return shard_index, num_shards
+    return _shard_of_array() if os.environ.get(TASK_ID) else (0, 1)
 
 
 def _shard_of_array() -> tuple[int, int]:

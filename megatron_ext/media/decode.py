@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Positive, Section
 from megatron_ext.media.clips import decode_clip
 from megatron_ext.media.pictures import open_picture
 from megatron_ext.media.resize import ResizeConfig, resize
@@ -17,20 +17,14 @@ from megatron_ext.media.samples import Sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipConfig:
+class ClipConfig(Section, section="clips"):
     """Which frames of a clip are encoded."""
 
-    frame_rate: float | None = None
+    frame_rate: Positive | None = None
     """Frames per second; null takes the clip's own rate."""
 
-    max_frames: int = 120
+    max_frames: Count = 120
     """Frames of a clip at most, from its start; the rest is cut down to a multiple of the temporal factor."""
-
-    def __post_init__(self) -> None:
-        if self.max_frames < 1 or (self.frame_rate is not None and self.frame_rate <= 0):
-            raise InputError(
-                f"clips: frame_rate = {self.frame_rate}, max_frames = {self.max_frames}: both must be positive"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import av
 import numpy as np
 from av.sidedata.sidedata import Type
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import MAX_PIXELS
 
@@ -24,7 +25,7 @@ def faults() -> Iterator[None]:
     except (MediaError, MemoryError):
         raise
     except Exception as error:
-        raise MediaError(f"not a readable clip ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable clip ({reason_of(error)})") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import FORMATS, MAX_PIXELS
 from megatron_ext.media.samples import Sample
@@ -68,7 +69,7 @@ def _picture_header(file: BinaryIO) -> Header:
     except UnidentifiedImageError:
         raise MediaError("not a readable picture (none of the formats " + ", ".join(FORMATS) + ")") from None
     except Exception as error:  # as in decode_picture: damage makes Pillow raise many classes
-        raise MediaError(f"not a readable picture ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable picture ({reason_of(error)})") from None
     return Header(height=height, width=width, codec=codec)
 
 

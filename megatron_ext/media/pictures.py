@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
@@ -37,7 +38,7 @@ def open_picture(data: bytes) -> Image.Image:
         raise MediaError("not a readable picture (none of the formats " + ", ".join(FORMATS) + ")") from None
     except Exception as error:
         # Pillow's decoders raise whatever the damage provokes: OSError, SyntaxError, struct.error and more.
-        raise MediaError(f"not a readable picture ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise MediaError(f"not a readable picture ({reason_of(error)})") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

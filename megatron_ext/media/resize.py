@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Section
 from megatron_ext.media.errors import MediaError
 
 MAX_ASPECT_RATIO = 5  # upstream image_processing_emu3visionvq.py:53-144
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResizeConfig:
+class ResizeConfig(Section, section="resize"):
     """To which size pictures and frames are brought before they are encoded."""
 
     rule: Literal["area", "target", "square"] = "area"
@@ -26,20 +27,20 @@ class ResizeConfig:
     pretraining with 512, its quality fine-tuning with 720); square: the largest centred square, brought to
     size x size."""
 
-    size: int = 512
+    size: Count = 512
     """Side of the square in pixels, rules target and square only."""
 
-    min_pixels: int = 512 * 512
+    min_pixels: Count = 512 * 512
     """Smaller pictures are enlarged to at least this area, rule area only."""
 
-    max_pixels: int = 1024 * 1024
+    max_pixels: Count = 1024 * 1024
     """Larger pictures are reduced to at most this area, rule area only."""
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 1 <= self.min_pixels <= self.max_pixels:
+        super().__post_init__()
+        if self.min_pixels > self.max_pixels:
             raise InputError(
-                f"resize: size = {self.size}, min_pixels = {self.min_pixels}, max_pixels = {self.max_pixels}: "
-                "must be positive, and min_pixels at most max_pixels"
+                f"resize.min_pixels {self.min_pixels} is above resize.max_pixels {self.max_pixels}: change one of them"
             )
 
 

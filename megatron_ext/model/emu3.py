@@ -14,13 +14,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_ext.config.errors import InputError
-from megatron_ext.config.model import ModelConfig
+from megatron_ext.config.model import DecoderShape, ModelConfig
 from megatron_ext.config.parallel import ParallelConfig
+from megatron_ext.config.validate import shape_faults
 from megatron_ext.data.batch import Batch
 from megatron_ext.model.initialize import initialize_weights
 from megatron_ext.model.lm_head import ChunkedHead
 from megatron_ext.model.specs import check_modules, layer_specs
-from megatron_ext.plan import DecoderShape, pad_vocabulary
+from megatron_ext.plan import pad_vocabulary
 from megatron_ext.runtime import Topology, seed_microbatch
 from megatron_ext.vocab import VocabLayout
 
@@ -139,14 +140,8 @@ def build_model(
     """
     check_modules(topology.device)
     shape = DecoderShape.of(model)
-    for fault in shape.faults_of(topology.tensor_parallel_size, topology.fp8_recipe):
+    for fault in shape_faults(shape, parallel, topology.fp8_recipe):
         raise InputError(fault)
-    groups = shape.num_query_groups // topology.tensor_parallel_size
-    if parallel.cp_comm_type == "a2a" and groups % topology.context_parallel_size:
-        raise InputError(  # Transformer Engine's assertion, context_parallel.py AttnFuncWithCPAndQKVOA2A
-            f"parallel.cp_comm_type a2a deals the {groups} query groups of a tensor rank to "
-            f"{topology.context_parallel_size} context ranks, which does not come out even: use p2p or all_gather"
-        )
     seed_microbatch(seed, 0, 0, topology)  # modules enter the random streams while they are built
     decoder = Emu3Model(transformer_config(shape, parallel, topology), shape, layout, topology).to(topology.device)
     initialize_weights(decoder, std=shape.init_method_std, vocab_size=layout.size, seed=seed, topology=topology)

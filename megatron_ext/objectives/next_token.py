@@ -4,13 +4,11 @@ Shape legend: B rows (1), T tokens of this rank's share of the row.
 """
 
 from collections.abc import Sequence
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
-from megatron_ext.config.errors import InputError
-from megatron_ext.config.objective import LARGEST_DENOMINATOR, ObjectiveConfig
+from megatron_ext.config.objective import ObjectiveConfig, as_fraction
 from megatron_ext.data.batch import Batch
 from megatron_ext.objectives.base import LossSums
 from megatron_ext.vocab import VocabLayout
@@ -21,20 +19,10 @@ class NextToken:
 
     Weights are integers over a common denominator (0.5 becomes 2 : 1), since megatron-core counts in int32. The
     weighted mean does not change.
-
-    Raises:
-        InputError: the weight is negative or no fraction k/n with n <= 100.
     """
 
     def __init__(self, objective: ObjectiveConfig, layout: VocabLayout) -> None:
-        weight = objective.vision_loss_weight
-        fraction = Fraction(weight).limit_denominator(LARGEST_DENOMINATOR)
-        if weight < 0 or abs(float(fraction) - weight) > 1e-9:
-            raise InputError(
-                f"objective.vision_loss_weight {weight} is not a fraction k/n with 0 <= k and n <= "
-                f"{LARGEST_DENOMINATOR}: "
-                f"use {float(abs(fraction))}, for example"
-            )
+        fraction = as_fraction(objective.vision_loss_weight)
         self.text_weight, self.vision_weight = fraction.denominator, fraction.numerator
         self.layout = layout
 

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,29 @@ CODE_ROOT = Path(__file__).parents[2]
 
 
 def collect_provenance(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What can be told when a start begins, as JSON can hold it; `config` is the run's configuration as plain data."""
-    return {
+    """What can be told when a start begins, as JSON can hold it; `config` is the run's configuration as plain data.
+
+    A run never fails for it: what cannot be found out is empty, and stands under `untold` with the reason.
+    """
+    found: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": sys.argv,
         "ranks": int(os.environ.get("WORLD_SIZE", 1)),
-        "git": git_state(CODE_ROOT),
         "python": platform.python_version(),
-        "packages": installed_packages(),
-        "hardware": describe_hardware(),
-        "manifests": manifest_hashes(config),
     }
+    sources: dict[str, Callable[[], Any]] = {
+        "git": lambda: git_state(CODE_ROOT),
+        "packages": installed_packages,
+        "hardware": describe_hardware,
+        "manifests": lambda: manifest_hashes(config),
+    }
+    untold = {}
+    for name, look in sources.items():
+        try:
+            found[name] = look()
+        except Exception as error:
+            found[name], untold[name] = {}, f"{type(error).__name__}: {error}"
+    return found | ({"untold": untold} if untold else {})
 
 
 def git_state(root: Path) -> dict[str, Any] | None:
@@ -49,8 +61,8 @@ def git_state(root: Path) -> dict[str, Any] | None:
 
 
 def installed_packages() -> dict[str, str]:
-    """Version of every installed distribution."""
-    versions = {package.name: package.version for package in importlib.metadata.distributions()}
+    """Version of every installed distribution; what an installation that was cut short left has no name."""
+    versions = {package.name: package.version for package in importlib.metadata.distributions() if package.name}
     return {name: versions[name] for name in sorted(versions, key=str.lower)}
 
 
@@ -65,8 +77,14 @@ def manifest_hashes(config: Mapping[str, Any]) -> dict[str, str | None]:
 
 
 def append_provenance(folder: Path, entry: Mapping[str, Any]) -> None:
-    """Add a start to the run folder's file; it is replaced at once, by rename."""
-    content = json.dumps([*read_provenance(folder), entry], indent=1, ensure_ascii=False) + "\n"
+    """Add a start to the run folder's file; it is replaced at once, by rename. One that cannot be read is kept beside
+    it, as provenance.json.damaged, and a new one begins."""
+    try:
+        earlier = read_provenance(folder)
+    except InputError:
+        os.replace(folder / FILE, folder / f"{FILE}.damaged")
+        earlier = []
+    content = json.dumps([*earlier, entry], indent=1, ensure_ascii=False) + "\n"
     with replacing(folder / FILE) as temporary:
         temporary.write_text(content, encoding="utf-8")
 

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import replacing
-from megatron_ext.observe.writers import flat
+from megatron_ext.observe.writers import counted, flat
 
 ID_FILE = "wandb_run_id"
 
@@ -49,7 +49,7 @@ class WeightsAndBiases:
                 settings=wandb.Settings(console="off", silent=True, disable_git=True),
             )
         except wandb.Error as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error)
             raise InputError(
                 f"observe.wandb_project {project!r} cannot be written to ({reason}): run `wandb login`, set "
                 "WANDB_MODE=offline, or leave it empty"
@@ -59,7 +59,7 @@ class WeightsAndBiases:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
-        numbers = {name: value for name, value in flat(record).items() if isinstance(value, int | float)}
+        numbers = {name: value for name, value in flat(counted(record)).items() if isinstance(value, int | float)}
         self._log({name: value for name, value in numbers.items() if name != "step"}, record["step"])
 
     def truncate_after(self, step: int) -> None:

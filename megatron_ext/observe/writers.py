@@ -67,7 +67,7 @@ class TensorBoard:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of `record` under its key, `timing` as `timing/NAME`, at `record["step"]`."""
-        for name, value in flat(record).items():
+        for name, value in flat(counted(record)).items():
             if name != "step" and isinstance(value, int | float):
                 self._opened().add_scalar(name, value, record["step"])
 
@@ -103,6 +103,7 @@ class ConsoleLines:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Print a line when one is due."""
+        record = counted(record)
         step = record["step"]
         if "loss" not in record:
             self._print(
@@ -176,6 +177,18 @@ def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             values[prefix + name] = value.item() if hasattr(value, "item") else value
     return values
+
+
+def counted(record: Mapping[str, Any]) -> dict[str, Any]:
+    """`record` without the means over nothing: parts of a loss that are NaN while the loss itself is a number, such as
+    that of visual labels in a step of texts."""
+
+    def is_empty(name: str, value: Any) -> bool:
+        before, part, _ = name.partition("loss_")
+        total = record.get(f"{before}loss")
+        return bool(part) and total is not None and math.isnan(value) and not math.isnan(total)
+
+    return {name: value for name, value in record.items() if not is_empty(name, value)}
 
 
 def _number(value: Any) -> str:

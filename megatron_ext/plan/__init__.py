@@ -3,10 +3,10 @@
 `megatron_ext.plan.report.answer` prints it all; it is not imported here, because a decoder needs only its shape.
 """
 
+from megatron_ext.config.model import PRESETS, DecoderShape
 from megatron_ext.plan.flops import flops_per_token
-from megatron_ext.plan.parameters import Parameters, count_parameters
+from megatron_ext.plan.parameters import Parameters, count_parameters, pad_vocabulary
 from megatron_ext.plan.question import Question, take_question
-from megatron_ext.plan.shape import PRESETS, DecoderShape, pad_vocabulary
 
 __all__ = [
     "PRESETS",

@@ -6,8 +6,8 @@ of all query and of all key heads, f inner width of the MLP, t tensor-parallel s
 parallelism is on (else 1), b bytes of an activation, p bytes of what a matrix product keeps of its input (1 in fp8).
 """
 
+from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.parallel import ParallelConfig
-from megatron_ext.plan.shape import DecoderShape
 
 BYTES = {"fp32": 4, "bf16": 2, "fp8": 2}
 """Of an activation, by runtime.precision; fp8 is bf16 with other matrix products."""

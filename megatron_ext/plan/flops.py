@@ -1,7 +1,7 @@
 """Floating-point operations of training, by the causal convention."""
 
+from megatron_ext.config.model import DecoderShape
 from megatron_ext.plan.parameters import matrix_weights
-from megatron_ext.plan.shape import DecoderShape
 
 
 def flops_per_token(shape: DecoderShape, seq_length: int, *, vocab_size: int) -> float:

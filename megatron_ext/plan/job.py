@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
+from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.run import RunConfig
-from megatron_ext.config.validate import broken_rules, possible_precisions, precision_fault, validate
+from megatron_ext.config.validate import broken_rules, possible_precisions, precision_fault
 from megatron_ext.plan.flops import flops_per_token
 from megatron_ext.plan.memory import Memory, rank_memory
-from megatron_ext.plan.parameters import Parameters, count_parameters
+from megatron_ext.plan.parameters import Parameters, count_parameters, pad_vocabulary
 from megatron_ext.plan.question import Question
-from megatron_ext.plan.shape import DecoderShape, pad_vocabulary
 from megatron_ext.vocab import layout_of
 
 USABLE_SHARE = 0.9
@@ -56,12 +56,10 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
     """The plan of `config` on `question.world_size` ranks.
 
     Raises:
-        InputError: the decoder or the vocabulary cannot be built at all.
+        InputError: the vocabulary's text tokenizer cannot be read.
     """
     parallel, train, world_size = config.parallel, config.train, question.world_size
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    if min(tensor, context, train.micro_batch_size, train.global_batch_size, train.seq_length) < 1:
-        validate(config, world_size)  # nothing can be counted; the first broken rule says why
     shape = DecoderShape.of(config.model)
     vocab_size = layout_of(config.vocab).size
     data = max(1, world_size // (tensor * context))
@@ -74,10 +72,9 @@ def plan_job(config: RunConfig, question: Question) -> Plan:
         for name in possible_precisions(config.runtime.precision, on_gpu=on_gpu)
     }
     precision = max(memories, key=lambda name: memories[name].peak)
-    fp8_recipe = config.runtime.fp8_recipe if precision == "fp8" else None
     faults = [rule.message(config, world_size) for rule in broken_rules(config, world_size)]
-    faults += shape.faults_of(tensor, fp8_recipe)
-    if fault := precision_fault(precision, on_gpu=on_gpu):
+    # A rule where the device is named. A plan is one for GPUs otherwise.
+    if config.runtime.device == "auto" and (fault := precision_fault(precision, on_gpu=True)):
         faults.append(fault)
     return Plan(
         shape=shape,

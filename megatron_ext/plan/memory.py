@@ -6,12 +6,12 @@ few GiB on a GPU), and the few hundred elements by which megatron-core aligns pa
 
 from dataclasses import dataclass
 
+from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan.activations import BYTES, ends_on_cpu, ends_on_gpu, layer_input, layer_on_cpu, layer_on_gpu
-from megatron_ext.plan.parameters import count_parameters
-from megatron_ext.plan.shape import DecoderShape, pad_vocabulary
+from megatron_ext.plan.parameters import count_parameters, pad_vocabulary
 
 LOGITS_OF_A_CHUNK = 2**26
 """Logits that the head holds at once: 256 MiB in fp32, enough rows to keep a GPU's matrix units busy."""

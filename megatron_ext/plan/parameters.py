@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from megatron_ext.plan.shape import DecoderShape
+from megatron_ext.config.model import DecoderShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,3 +42,9 @@ def matrix_weights(shape: DecoderShape) -> int:
     keys = shape.num_query_groups * shape.kv_channels
     attention = shape.hidden_size * (2 * queries + 2 * keys)  # queries, keys, values; the projection back
     return shape.num_layers * (attention + 3 * shape.hidden_size * shape.ffn_hidden_size)  # gate, up, down
+
+
+def pad_vocabulary(size: int, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and the head: the next multiple of 128 per tensor rank (megatron-core's divisor)."""
+    multiple = 128 * tensor_parallel_size
+    return -(-size // multiple) * multiple

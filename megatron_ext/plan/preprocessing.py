@@ -8,8 +8,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Name, NonNegative, Number, Positive, Section, Share, above, least
 from megatron_ext.files import parse_json
 from megatron_ext.vocab import Grid, VocabLayout
 from megatron_ext.vocab.document import BlockFormat
@@ -31,103 +33,93 @@ BYTES_PER_ID = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Section):
     """Plan the preprocessing of a large corpus from measured figures."""
 
-    pictures: int = 1_000_000_000
+    pictures: Number = 1_000_000_000
     """Pictures that are tokenized."""
 
-    kept_share: float = 0.3
+    kept_share: Annotated[Share, above(0)] = 0.3
     """Share of the raw pictures that curation keeps."""
 
-    raw_kilobytes: float = 150.0
+    raw_kilobytes: Positive = 150.0
     """Mean kilobytes of a raw picture."""
 
-    height: int = 64
+    height: Count = 64
     """Rows of codes of a picture; 64 x 64 is 512 x 512 pixels."""
 
-    width: int = 64
+    width: Count = 64
     """Columns of codes of a picture."""
 
-    clips: int = 0
+    clips: Number = 0
     """Clips that are tokenized."""
 
-    clip_frames: int = 30
+    clip_frames: Count = 30
     """Frames of codes of a clip, as large as pictures; 30 are 5 seconds at 24 frames per second."""
 
-    documents_per_sample: float = 1.0
+    documents_per_sample: Positive = 1.0
     """Documents of a picture or clip: its captions that are used, doubled by caption_position both."""
 
-    caption_ids: float = 60.0
+    caption_ids: NonNegative = 60.0
     """Mean ids of a caption."""
 
-    key_bytes: int = 32
+    key_bytes: Number = 32
     """Mean length of a source key; a sample's file name is taken to be as long."""
 
-    text_gigabytes: float = 0.0
+    text_gigabytes: NonNegative = 0.0
     """Text, in gigabytes of UTF-8."""
 
-    text_bytes: float = 4000.0
+    text_bytes: Positive = 4000.0
     """Mean bytes of a text."""
 
-    shard_size: int = 10_000
+    shard_size: Count = 10_000
     """Samples of a tar, as tokenize_vision.py is told."""
 
-    rates: tuple[str, ...] = ()
-    """List of JSON files with measured rates, under the names of the eight fields below (benchmarks/preprocess.py
-    writes one); a later file wins."""
+    rates: tuple[Name, ...] = ()
+    """List of JSON files with measured rates, under the names of the eight fields below (benchmarks/preprocess.py and
+    near_duplicates.py write them); a later file wins."""
 
-    filter_pictures_per_second: float | None = None
+    filter_pictures_per_second: NonNegative | None = None
     """Pictures that curation judges per core; 0: no curation."""
 
-    cluster_hashes_per_second: float | None = None
+    cluster_hashes_per_second: NonNegative | None = None
     """Perceptual hashes of raw pictures that preprocess_data.py clusters, on one core; 0: no tables of duplicates."""
 
-    divide_samples_per_second: float | None = None
+    divide_samples_per_second: NonNegative | None = None
     """Pictures and clips that preprocess_data.py reads per core to divide them; 0: nothing is held out."""
 
-    tokenize_pictures_per_second: float | None = None
+    tokenize_pictures_per_second: NonNegative | None = None
     """Pictures that tokenize_vision.py encodes per GPU."""
 
-    tokenize_clips_per_second: float | None = None
+    tokenize_clips_per_second: NonNegative | None = None
     """Clips that tokenize_vision.py encodes per GPU."""
 
-    ids_per_second: float | None = None
+    ids_per_second: NonNegative | None = None
     """Ids of captioned pictures that preprocess_data.py writes per core."""
 
-    text_megabytes_per_second: float | None = None
+    text_megabytes_per_second: NonNegative | None = None
     """Text that preprocess_data.py encodes per core."""
 
-    merge_megabytes_per_second: float | None = None
+    merge_megabytes_per_second: NonNegative | None = None
     """Ids that merge_datasets.py copies."""
 
-    task_hours: float = 4.0
+    task_hours: Positive = 4.0
     """Hours that a task of a job array shall take: below the queue's limit, and the most that a lost node costs."""
 
-    cores_per_task: int = 8
+    cores_per_task: Count = 8
     """Cores of a task that curates or makes documents."""
 
-    gpus_per_task: int = 1
+    gpus_per_task: Count = 1
     """GPUs of a task that tokenizes."""
 
-    tasks_at_once: int = 128
+    tasks_at_once: Count = 128
     """Tasks that run at the same time."""
 
-    max_array_size: int = 1001
+    max_array_size: Annotated[int, least(2)] = 1001
     """Slurm's MaxArraySize (scontrol show config): tasks of an array are fewer."""
 
     json: bool = False
     """Print the plan as JSON."""
-
-    def __post_init__(self) -> None:
-        for name in ("height", "width", "clip_frames", "shard_size", "task_hours", "cores_per_task", "gpus_per_task",
-                     "tasks_at_once", "raw_kilobytes", "text_bytes", "documents_per_sample", "kept_share"):  # fmt: skip
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}: give a positive number")
-        if self.kept_share > 1 or self.max_array_size < 2:
-            raise InputError(
-                f"kept_share is {self.kept_share}, max_array_size {self.max_array_size}: at most 1, at least 2"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,13 +7,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_ext.config.errors import InputError
+from megatron_ext.config.model import DecoderShape
 from megatron_ext.config.parallel import ParallelConfig
 from megatron_ext.config.run import RunConfig
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.config.train import TrainConfig
 from megatron_ext.plan.job import USABLE_SHARE, Plan, plan_job
 from megatron_ext.plan.question import Question
-from megatron_ext.plan.shape import DecoderShape
 from megatron_ext.plan.suggest import Layout, suggest_layouts
 
 MOST_LAYOUTS = 12

@@ -51,7 +51,7 @@ def suggest_layouts(config: RunConfig, plan: Plan, question: Question) -> list[L
         for recomputed in range(plan.shape.num_layers + 1):
             candidate = _laid_out(config, tensor=tensor, context=context, recomputed=recomputed)
             parallel = candidate.parallel
-            if set(broken_rules(candidate, question.world_size)) - set(incurable) or plan.shape.faults_of(tensor):
+            if set(broken_rules(candidate, question.world_size)) - set(incurable):
                 break
             memory = rank_memory(
                 plan.shape, plan.vocab_size, config.runtime, parallel, config.train, question.world_size

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 
 class StopRequest:
-    """Set by the first signal. A second Ctrl-C acts as if nothing had been installed; a second SIGTERM does nothing:
-    schedulers and torchrun each deliver one, and the first is being obeyed.
+    """Set by the first signal. A second Ctrl-C acts as if nothing had been installed: it ends the process, or does
+    nothing where a shell has started it in the background. A second SIGTERM does nothing: schedulers and torchrun each
+    deliver one, and the first is being obeyed.
     """
 
     def __init__(self) -> None:

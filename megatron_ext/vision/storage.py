@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import replacing
 from megatron_ext.vision.movqgan import CodesOrigin, MoVQGAN, VisionTokenizerConfig
 
@@ -58,7 +58,7 @@ def load_vision_tokenizer(folder: str | Path) -> MoVQGAN:
     try:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except (RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise InputError(f"vision tokenizer {str(folder)!r}: model.safetensors does not fit: {reason}") from None
     return model.eval()
 
@@ -78,7 +78,10 @@ def _config(fields: dict[str, Any], path: Path) -> VisionTokenizerConfig:
         raise InputError(f"{path}: model_type {fields.get('model_type')!r} must be {expected!r} without double_z")
     known = {field.name for field in dataclasses.fields(VisionTokenizerConfig)}
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items() if key in known}
-    return VisionTokenizerConfig(**values)
+    try:
+        return VisionTokenizerConfig(**values)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _origin(fields: dict[str, Any], path: Path) -> CodesOrigin | None:

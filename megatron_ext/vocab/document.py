@@ -19,7 +19,7 @@ Shape suffixes: N ids; T frames, H rows, W columns of visual codes.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -64,7 +64,8 @@ class BlockFormat:
         return (2, 5) if self.frame_ends else (2,)
 
 
-class Grid(NamedTuple):
+@dataclass(frozen=True)
+class Grid:
     """What a meta says: the shape of a block's visual ids; for a clip also the timing of what was encoded."""
 
     frames: int
@@ -72,6 +73,16 @@ class Grid(NamedTuple):
     width: int
     frame_rate_mhz: int | None = None
     duration_ms: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a number that no meta can hold."""
+        if not all(0 < number < 10**MAX_DIGITS for number in self._numbers):
+            raise InputError(f"{self} has a number outside 1..{10**MAX_DIGITS - 1}")
+
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        timing = (self.frame_rate_mhz, self.duration_ms) if self.is_clip else ()
+        return (self.frames, self.height, self.width, *timing)
 
     @property
     def is_clip(self) -> bool:
@@ -87,7 +98,12 @@ class Grid(NamedTuple):
     @property
     def meta(self) -> str:
         """The meta text; `parse` is its inverse."""
-        return SEPARATOR.join(str(number) for number in (self if self.is_clip else (self.height, self.width)))
+        return SEPARATOR.join(str(number) for number in (self._numbers if self.is_clip else self._numbers[1:]))
+
+    @property
+    def codes(self) -> int:
+        """Visual ids in the block."""
+        return self.frames * self.height * self.width
 
     def frame_length(self, block: BlockFormat) -> int:
         """Ids of one frame: codes, an EOL per row (one fewer without frame ends), EOF."""
@@ -209,12 +225,10 @@ def encode_block_start(grid: Grid, vocabulary: "Vocabulary") -> np.ndarray:
     """int32 ids `SOV meta SOT`: what a prompt ends with when a picture or clip of this grid is wanted.
 
     Raises:
-        InputError: a clip in a layout without clips, a number outside 1..999999999.
+        InputError: a clip in a layout without clips.
     """
     if grid.is_clip and not vocabulary.block.frame_ends:
         raise InputError(f"layout {vocabulary.layout.name} has no video: tokenize single frames as pictures")
-    if not all(0 < number < 10**MAX_DIGITS for number in grid if number is not None):
-        raise InputError(f"{grid} has a number outside 1..{10**MAX_DIGITS - 1}")
     meta = [vocabulary.meta_ids[character] for character in grid.meta]
     return np.array([vocabulary.layout.sov, *meta, vocabulary.layout.sot], dtype=np.int32)
 

@@ -46,11 +46,9 @@ class Vocabulary:
         """The vocabulary that the configuration describes.
 
         Raises:
-            InputError: fields that do not belong together, an unreadable or unsuitable text tokenizer.
+            InputError: an unreadable or unsuitable text tokenizer.
         """
         if config.layout == "custom":
-            if config.text_tokenizer is None or config.codebook_size is None:
-                raise InputError("vocab.layout custom needs vocab.text_tokenizer and vocab.codebook_size")
             text = SentencePieceTokenizer(config.text_tokenizer)
             return cls(VocabLayout.custom(text_size=text.size, codebook_size=config.codebook_size), text)
         return cls(layout_of(config), QwenTokenizer())
@@ -162,7 +160,4 @@ def layout_of(config: VocabConfig) -> VocabLayout:
     """
     if config.layout == "custom":
         return Vocabulary.load(config).layout
-    for name in ("text_tokenizer", "codebook_size"):
-        if getattr(config, name) is not None:
-            raise InputError(f"vocab.{name} is fixed by layout {config.layout}: remove it, or use layout custom")
     return VocabLayout.emu3() if config.layout == "emu3" else VocabLayout.emu3_5()

@@ -230,10 +230,10 @@ PREPROCESSING = {
         damage=write("a.jsonl", '{"text":"x"}\n[]\n'),
     ),
     "held-out share of 1": preprocess(
-        "--text [{w}/config.yaml] --valid_fraction 1", "valid_fraction is 1.0", "below 1"
+        "--text [{w}/config.yaml] --valid_fraction 1", "valid_fraction 1.0", "below 1"
     ),
     "share of bad samples above 1": preprocess(
-        "--text [{w}/config.yaml] --max_bad_fraction 2", "max_bad_fraction is 2"
+        "--text [{w}/config.yaml] --max_bad_fraction 2", "max_bad_fraction 2.0"
     ),
     "output below a file": preprocess(
         "--text [{w}/config.yaml] --output_prefix {w}/text.model/set", "output_prefix", "text.model"

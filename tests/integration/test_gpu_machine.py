@@ -17,7 +17,7 @@ import importlib, sys
 
 class Absent:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {ABSENT} or name == "megatron_ext.data._packing":
+        if name.split(".")[0] in {ABSENT} or name in ("megatron_ext.data._clusters", "megatron_ext.data._packing"):
             raise ModuleNotFoundError(name + " is not on this machine")
 
 sys.meta_path.insert(0, Absent())

@@ -82,8 +82,8 @@ def test_console_scripts_answer(installed, tmp_path):
         assert all(f"--{option}" in " ".join(answers[name].split()) for option in options), name
 
 
-def test_the_extension_and_the_template_are_in_the_wheel(installed):
-    assert list(installed.glob("megatron_ext/data/_packing*.so"))
+def test_the_extensions_and_the_template_are_in_the_wheel(installed):
+    assert all(list(installed.glob(f"megatron_ext/data/{name}*.so")) for name in ("_clusters", "_packing"))
     assert (installed / "megatron_ext/observe/report.html.jinja").exists()
     assert not (installed / "tests").exists() and not (installed / "tools").exists()
 

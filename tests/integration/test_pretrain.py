@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_ext.optim.gradient_groups import GROUPS
+from tests.support import programs
 from tests.unit.data.samples import CODEBOOK_SIZE, make_vocabulary, random_dataset, train_text_tokenizer
 from tools import compare_runs
 
@@ -48,13 +49,11 @@ def workplace(tmp_path_factory) -> Path:
 def command(workplace: Path, run: str, *arguments: str, ranks: int = 1) -> list[str]:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = ["--config", str(workplace / "config.yaml"), "--observe.run_dir", str(workplace / run)]
-    return [sys.executable, *torchrun, "pretrain_emu3.py", *options, *arguments]
+    return [*torchrun, "pretrain_emu3.py", *options, *arguments]
 
 
-def pretrain(workplace: Path, run: str, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(workplace, run, *arguments, ranks=ranks), capture_output=True, text=True, timeout=200, check=False
-    )
+def pretrain(workplace: Path, run: str, *arguments: str, ranks: int = 1) -> programs.Finished:
+    return programs.run(*command(workplace, run, *arguments, ranks=ranks))
 
 
 def compared(workplace: Path, a: str, b: str, *arguments: str) -> tuple[int | None, str]:
@@ -132,19 +131,14 @@ def test_resume_on_other_layouts(workplace):
 
 
 def test_a_signal_saves_and_stops(workplace, straight):
-    process = subprocess.Popen(
-        command(workplace, "signalled", "--train.train_steps", "5000"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
     log = workplace / "signalled" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0, process.stderr.read()
+    with programs.Program(*command(workplace, "signalled", "--train.train_steps", "5000")) as program:
+        while not (log.exists() and log.read_text().count("\n") >= 2):
+            assert time.monotonic() < deadline and program.poll() is None, program.stderr
+            time.sleep(0.05)
+        program.send_signal(signal.SIGTERM)
+        assert program.wait(60) == 0, program.stderr
     last = metrics(workplace, "signalled")[-1]["step"]
     assert (workplace / "signalled" / "checkpoints" / "latest").read_text().strip() == f"step_{last:08d}"
     events = [json.loads(line) for line in (workplace / "signalled" / "events.jsonl").read_text().splitlines()]
@@ -153,8 +147,9 @@ def test_a_signal_saves_and_stops(workplace, straight):
 
 
 def test_a_signal_before_training_is_obeyed_in_a_job(workplace):
-    """There torchrun is started to ignore SIGTERM (slurm/job.sh), and the ranks inherit it."""
-    arguments = command(workplace, "preempted_early", "--train.train_steps", "5000")
+    """There torchrun is started to ignore SIGTERM (slurm/job.sh), and the ranks inherit it. A cold interpreter: its
+    imports, too, are before training."""
+    arguments = [sys.executable, *command(workplace, "preempted_early", "--train.train_steps", "5000")]
     process = subprocess.Popen(["bash", "-c", 'trap "" TERM; exec "$@"', "job", *arguments], stdout=subprocess.DEVNULL)
     events = workplace / "preempted_early" / "events.jsonl"
     deadline = time.monotonic() + 120
@@ -170,9 +165,8 @@ def test_a_signal_before_training_is_obeyed_in_a_job(workplace):
 def test_torchrun_told_to_stop_saves_the_last_step(workplace):
     """SIGTERM to the agent goes to every process of the ranks, helpers of earlier saves included."""
     arguments = ("--checkpoint.save_interval", "1", "--train.train_steps", "5000", "--train.eval_interval", "0")
-    process = subprocess.Popen(
-        command(workplace, "preempted", *arguments, *CP2, ranks=2), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    started = [sys.executable, *command(workplace, "preempted", *arguments, *CP2, ranks=2)]
+    process = subprocess.Popen(started, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     latest = workplace / "preempted" / "checkpoints" / "latest"
     deadline = time.monotonic() + 150
     while not latest.exists():

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.support.programs import Program, run
 from tests.support.warm import ROOT
@@ -48,9 +49,24 @@ def test_signals_arrive(number, code):
         assert ("KeyboardInterrupt" in program.stderr) == (number == signal.SIGINT)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="where there is a GPU, processes are spawned")
 def test_imports_are_done():
     loaded = run("-c", "import sys; print(*sorted(sys.modules), sep='\\n')").stdout.split()
     assert {"torch", "megatron.core.optimizer", "megatron_ext.train.loop", "tokenizer_train.vision.step"} <= {*loaded}
+
+
+def test_torchrun_forks_its_ranks(tmp_path):
+    """Which then are what it starts: in sessions of their own, its children, with its signals' default."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "is_session, is_default = os.getsid(0) == os.getpid(), signal.getsignal(signal.SIGTERM) == signal.SIG_DFL\n"
+        "print(os.environ['RANK'], sys.argv[1:], 'torch' in sys.modules, is_session, is_default, flush=True)\n"
+        "sys.exit(5 * int(os.environ['RANK']))\n"
+    )
+    done = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "x")
+    assert sorted(done.stdout.splitlines()) == [f"{rank} ['x'] True True True" for rank in (0, 1)], done.stderr
+    assert done.returncode == 1 and "exitcode  : 5" in done.stderr
 
 
 def test_a_program_ends_with_its_block():

@@ -1,8 +1,6 @@
 """A fault under torchrun: one line by the lowest rank that saw it, and the end of all ranks."""
 
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,8 +14,10 @@ from megatron_ext.config.run import RunConfig
 from megatron_ext.data import build_data
 from megatron_ext.runtime.faults import SETTLE_S
 from megatron_ext.vocab import Vocabulary
+from tests.support.programs import Program
 from tests.support.small_run import Place, write_small_run
 
+PROGRAM = "pretrain_emu3.py"
 DEADLINE_S = 60 - SETTLE_S
 """From the line to the end; the line comes at most SETTLE_S after the fault."""
 
@@ -29,28 +29,26 @@ def workplace(tmp_path_factory) -> Path:
     return folder
 
 
-def torchrun(
-    *arguments: str, own_files: Path | None = None, start: tuple[str, ...] = ("pretrain_emu3.py",)
-) -> list[str]:
-    """What two ranks of the program print on stderr; with `own_files`, rank R gets `--config own_files/R.yaml`.
+OF_OWN_CONFIGURATION = """
+import os, sys, pretrain_emu3
+sys.argv += ["--config", os.path.join(os.path.dirname(sys.argv[0]), os.environ["RANK"] + ".yaml")]
+pretrain_emu3.cli()
+"""
+
+
+def torchrun(*command: str) -> list[str]:
+    """What two ranks of a program print on stderr.
 
     Fails when they do not end, with an exit code other than 0, within DEADLINE_S of the first error line.
     """
-    program = [sys.executable, *start, *arguments]
-    if own_files is not None:
-        program = ["bash", "-c", f'exec "$@" --config {own_files}/$RANK.yaml', "bash", *program]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python",
-         *program],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    lines, told = [], None
-    for line in process.stderr:
-        lines.append(line.rstrip())
-        told = told or (time.monotonic() if line.startswith("error: ") else None)
-    assert process.wait() != 0 and told, "\n".join(lines)
-    assert time.monotonic() - told < DEADLINE_S, "\n".join(lines)
-    return lines
+    with Program("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command) as program:
+        told = None
+        while program.poll() is None:
+            time.sleep(0.05)
+            told = told or ("error: " in program.stderr and time.monotonic())
+            assert not told or time.monotonic() - told < DEADLINE_S, program.stderr
+        assert program.poll() != 0 and "error: " in program.stderr, program.stderr
+        return program.stderr.splitlines()
 
 
 def check_told_once(lines: list[str], *named: str) -> None:
@@ -63,7 +61,8 @@ def check_told_once(lines: list[str], *named: str) -> None:
 
 def test_a_fault_that_all_ranks_see(workplace):
     run = workplace / "all"
-    lines = torchrun("--config", str(workplace / "config.yaml"), "--observe.run_dir", str(run), "--optim.lrr", "1")
+    options = ["--config", str(workplace / "config.yaml"), "--observe.run_dir", str(run)]
+    lines = torchrun(PROGRAM, *options, "--optim.lrr", "1")
     check_told_once(lines, "'optim.lrr'", "did you mean 'optim.lr'?")
     assert not run.exists()
 
@@ -74,9 +73,9 @@ def test_a_fault_that_rank_1_sees_before_it_joins(workplace):
     own.mkdir()
     (own / "0.yaml").write_text("{}\n")
     (own / "1.yaml").write_text(yaml.safe_dump({"vocab": {"text_tokenizer": "no/such.model"}}))
-    lines = torchrun(
-        "--config", str(workplace / "config.yaml"), "--observe.run_dir", str(workplace / "early"), own_files=own
-    )
+    (own / "program.py").write_text(OF_OWN_CONFIGURATION)
+    options = ["--config", str(workplace / "config.yaml"), "--observe.run_dir", str(workplace / "early")]
+    lines = torchrun(str(own / "program.py"), *options)
     check_told_once(lines, "no/such.model")
     assert not (workplace / "early").exists()
 
@@ -99,7 +98,7 @@ def test_a_fault_that_rank_1_sees_while_it_trains(workplace):
     ids[int(dataset.documents.lengths[:document].sum()) + 1] = 10**6
     ids.flush()
 
-    lines = torchrun(*options)
+    lines = torchrun(PROGRAM, *options)
     check_told_once(lines, "damaged.bin holds id 1000000", f"in document {document} (key/{document})")
     steps = (workplace / "late" / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 3 and not (workplace / "late" / "checkpoints" / "latest").exists()
@@ -116,6 +115,6 @@ def test_a_picture_that_one_rank_cannot_read(tmp_path):
     options = ["--config", "examples/movqgan_tiny_cpu.yaml", "--observe.run_dir", str(tmp_path / "run")]
     options += ["--media.inputs", f"[{folder}]", "--media.clip_share", "0", "--media.size", "16"]
     options += ["--model.ch_mult", "[1,1]", "--model.attn_resolutions", "[]"]
-    lines = torchrun(*options, start=("-m", "tokenizer_train.vision.train"))
+    lines = torchrun("-m", "tokenizer_train.vision.train", *options)
     check_told_once(lines, str(damaged), "media.max_bad_fraction 0.01")
     assert not (tmp_path / "run" / "tokenizer").exists()

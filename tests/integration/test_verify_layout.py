@@ -1,12 +1,11 @@
 """tools/verify_layout.py as a user runs it: a verdict for a layout that agrees, and for one with a planted bug."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.programs import Finished, run
 from tests.unit.data.samples import train_text_tokenizer
 
 TP2_SP = ("--parallel.tensor_model_parallel_size", "2", "--parallel.sequence_parallel", "true")
@@ -46,10 +45,9 @@ def config(tmp_path_factory) -> Path:
     return folder / "config.yaml"
 
 
-def verify(config: Path, *arguments: str, ranks: int, program: str = "tools/verify_layout.py"):
+def verify(config: Path, *arguments: str, ranks: int, program: str = "tools/verify_layout.py") -> Finished:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, program, "--config", str(config), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    return run(*torchrun, program, "--config", str(config), *arguments)
 
 
 def test_a_layout_that_agrees_is_verified(config, monkeypatch):

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,7 +63,9 @@ def planted(mutant: Mutant, text: str) -> str:
 def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) -> Outcome:
     """Run `tests` in `tree` up to the first failure. Raises BrokenMutant when anything but a test failed."""
     # No bytecode: a mutant written within a second of the last one, at the same length, would find the other's.
-    environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = without_pytest(os.environ) | {
+        "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+    }  # fmt: skip
     options = ["-x", "-q", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     started = time.monotonic()
     # A session of its own: its ranks, too, end with it.
@@ -81,6 +83,11 @@ def run_tests(tree: Path, tests: Sequence[str], timeout_s: float = TIMEOUT_S) ->
     if process.returncode not in (0, 1) or (process.returncode == 1) != bool(failed):
         raise BrokenMutant(f"pytest {' '.join(tests)} ended with {process.returncode}:\n{output[-2000:]}")
     return Outcome(failed[1] if failed else None, time.monotonic() - started)
+
+
+def without_pytest(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without options for the pytest around this one (PYTEST_ADDOPTS), and without its own marks."""
+    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
 
 
 def end_session(process: subprocess.Popen) -> None:

@@ -1,12 +1,13 @@
 """Mutants do not rot: each can still be planted, and the tests that must catch it exist."""
 
 import ast
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.mutants.__main__ import ROOT, planted
+from tests.mutants.__main__ import ROOT, planted, without_pytest
 from tests.mutants.records import MUTANTS
 
 
@@ -21,7 +22,8 @@ def test_the_selected_tests_exist():
     """Parameters too: pytest itself must find each."""
     tests = sorted({test for mutant in MUTANTS for test in mutant.tests})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-qq", "--disable-warnings", *tests]
-    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = without_pytest(os.environ)
+    found = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
 
 

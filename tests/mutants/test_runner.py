@@ -20,7 +20,9 @@ def mutant(old: str, new: str) -> Mutant:
     return Mutant(name=new, resembles="", file="code_under_test.py", old=old, new=new, tests=("test_larger.py",))
 
 
-def test_caught_and_survived(tree, capsys):
+def test_caught_and_survived(tree, capsys, monkeypatch):
+    """Whatever options the tests around these were started with."""
+    monkeypatch.setenv("PYTEST_ADDOPTS", "--no-such-option")
     caught, survivor = mutant("a > b", "a < b"), mutant("a > b", "a >= b")
     assert hunt([caught, survivor], tree) == [survivor]
     first, second = capsys.readouterr().out.splitlines()

@@ -137,7 +137,9 @@ def test_without_a_processor_the_folder_says_why(tmp_path: Path) -> None:
     readme = (tmp_path / "README.md").read_text()
     assert "There is no processor" in readme and "has 4" in readme
     assert not list(tmp_path.glob("*processor*"))
-    assert "sha256sum -c" in readme
+    assert "sha256sum -c" in readme and "(lm-eval: `add_bos_token=True`)" in readme
+    first = readme.split("# Emu3 decoder and vision tokenizer\n\n")[1]
+    assert first.startswith("> **Load this folder with `AutoModelForImageTextToText`") and "random ones" in first[:400]
     names = [line.split("  ")[1] for line in (tmp_path / "SHA256SUMS").read_text().splitlines()]
     assert set(names) == {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()} - {SUMS}
     assert AutoTokenizer.from_pretrained(tmp_path)(CAPTION)["input_ids"] == small_vocabulary().text.encode(CAPTION)
@@ -187,7 +189,7 @@ def test_a_stranger_can_use_every_kind(emu3: tuple, custom: tuple, tmp_path: Pat
     with_processor, without, baai, qwen3 = (json.loads(line) for line in done.stdout.splitlines())
     assert with_processor == {
         "model_type": "emu3", "model": "Emu3ForConditionalGeneration", "dtype": "float32", "processor": True,
-        "drew": [16, 16],
+        "drew": [16, 16], "AutoModelForCausalLM": "random weights, see the model card",
     }  # fmt: skip
     assert (without["dtype"], without["processor"], without["drew"]) == ("bfloat16", False, [8, 8])
     assert (baai["model"], baai["dtype"], baai["generated"]) == ("Emu3ForCausalLM", "bfloat16", 4)

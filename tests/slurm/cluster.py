@@ -20,6 +20,8 @@ PATIENCE_S = 60
 
 CONFIGURATION = """
 ClusterName=emu3
+# The ranks of a job meet at a port that follows from its number: two clusters on this machine have other numbers.
+FirstJobId={first_job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller_port}
 SlurmUser={user}
@@ -77,6 +79,7 @@ class Cluster:
                 host=socket.gethostname().split(".")[0],
                 user=pwd.getpwuid(os.getuid()).pw_name,
                 folder=folder,
+                first_job=1 + 100 * secrets.randbelow(100),
                 controller_port=ports[0],
                 first_port=ports[1],
                 second_port=ports[2],

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
-    """One for all tests, which leave both nodes idle."""
+    """One for all tests of a worker, which leave both nodes idle."""
     if missing := missing_programs():
         pytest.skip(f"no {', '.join(missing)} here: install them (Debian: apt-get install slurm-wlm munge)")
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 import sys
 import time
 from functools import partial
@@ -111,7 +112,8 @@ LIVES = {
 """Name -> what happens to a run, and the restarts of its job: a submission begins at 0."""
 
 
-@pytest.mark.parametrize("name", LIVES)
+# A group each: they wait for Slurm more than they compute, so workers with a cluster each lead them beside each other.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in LIVES])
 def test_a_run_comes_to_its_end(runs, undisturbed, name):
     """Each time it goes on from the step that it saved last, and it ends as the undisturbed run does."""
     disturbances, restarts = LIVES[name]
@@ -170,6 +172,22 @@ def test_bad_input_gets_one_line_before_the_queue(runs):
         told = [text for text in result.stderr.splitlines() if text.startswith("error: ")]
         assert result.returncode == 2 and len(told) == 1 and line in told[0], (line, result.stdout, result.stderr)
     assert runs.cluster.run("squeue", "--noheader") == "" and not (runs.folder / "refused").exists()
+
+
+def test_submitted_from_inside_an_allocation(runs):
+    """A job of its own, wherever salloc was typed: the script does not take the allocation for its job."""
+    script = ["bash", ROOT / "slurm/convert.sbatch", "--hold", "check", "--hf", "none"]
+    result = subprocess.run(
+        ["salloc", "--nodes=1", "--ntasks=1", *script],
+        cwd=runs.folder, env=runs.environment, capture_output=True, text=True, timeout=90,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    allocation = re.search(r"Granted job allocation (\d+)", result.stderr)[1]
+    submitted = result.stdout.rsplit(maxsplit=1)[-1]
+    assert submitted != allocation
+    job = runs.cluster.job(submitted)
+    assert (job["JobName"], job["JobState"], job["WorkDir"]) == ("emu3-convert", "PENDING", str(ROOT))
+    runs.cluster.run("scancel", submitted)
 
 
 def test_a_user_asks_the_run_to_stop(runs):

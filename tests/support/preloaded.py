@@ -1,7 +1,7 @@
 """What the programs of the project import, imported: tests/support/warm.py forks processes that have done so."""
 
 # ruff: noqa: F401
-import torch.distributed.run
+import torch.distributed.launcher
 from torch.utils.tensorboard import SummaryWriter
 
 import megatron_ext.checkpoint.decoder

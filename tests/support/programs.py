@@ -1,20 +1,25 @@
 """Programs of the project as a user starts them, without the wait for their imports (tests/support/warm.py).
 
-Other signals, environment, standard streams and exit code than those of the tests, and Python's own way to run a
-script. What a cold interpreter adds is seen where tests start one: `subprocess` with `sys.executable`.
+Each has signals, environment, streams and an exit code of its own, and runs as Python runs a script; torchrun forks its
+ranks. /proc shows the command and environment of the process that all come from. What only a cold interpreter can show
+is seen where tests start one, by `subprocess` with `sys.executable`.
 """
 
 import atexit
 import os
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NoReturn, Self
+
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from tests.support.warm import ROOT, context
 
@@ -93,40 +98,73 @@ def run(*command: str, environment: Mapping[str, str] | None = None) -> Finished
 
 
 def _become(command: tuple[str, ...], environment: dict[str, str], *streams: str) -> None:
-    """Be the program, in this process."""
+    """Be the program, in a process that multiprocessing has just started."""
     for number, path in enumerate(streams, start=1):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(ROOT)
     # As a shell in the foreground starts it: job control in the background, and many CI runners, ignore SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    first, *rest = command
+    execute(command, environment)
+
+
+def execute(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    """What `python *command` does, up to its end, which is that of this process."""
+    code = 0
     try:
-        if first == "-c":
-            code, *rest = rest
-            sys.argv = ["-c", *rest]
-            exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
-        elif first == "-m":
-            module, *rest = rest
-            sys.argv = [module, *rest]
-            runpy.run_module(module, run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [first, *rest]
-            runpy.run_path(first, run_name="__main__")
-    except KeyboardInterrupt:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(ROOT)
+        _run(*command)
+    except SystemExit as end:
+        code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException as error:
         traceback.print_exc()
-        _finish()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
-    finally:
-        _finish()
-
-
-def _finish() -> None:
-    """What multiprocessing does not do where its processes end."""
+        code = -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _run(first: str, *rest: str) -> None:
+    if first == "-c":
+        code, *rest = rest
+        sys.argv = ["-c", *rest]
+        exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
+    elif first == "-m":
+        module, *rest = rest
+        sys.argv = [module, *rest]
+        if module == "torch.distributed.run":
+            subprocess_handler.Popen = _ForkedRank
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *rest]
+        runpy.run_path(first, run_name="__main__")
+
+
+class _ForkedRank(subprocess.Popen):
+    """What torchrun's agent starts and watches, forked from the agent, which is as warm as this process."""
+
+    def _execute_child(self, args: Sequence[str], *how: Any) -> None:
+        _, _, _, _, _, environment, *_ = how
+        self.pid = os.fork()
+        self._child_created = True
+        if self.pid:
+            return
+        os.setsid()
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):  # the agent's own
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        python, unbuffered, *command = args
+        assert (python, unbuffered) == (sys.executable, "-u"), "this is how torchrun starts a Python program"
+        sys.stdout.reconfigure(write_through=True)
+        execute(command, environment)

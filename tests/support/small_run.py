@@ -31,6 +31,7 @@ def write_small_run(folder: Path) -> dict[str, Any]:
                   "num_query_groups": 1, "kv_channels": 8},
         "train": {"seq_length": 64, "global_batch_size": 4, "train_steps": 4},
         "data": {"train": [{"prefix": str(folder / "train")}], "document_alignment": 4},
+        "observe": {"tensorboard": False},  # two seconds of imports
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return config

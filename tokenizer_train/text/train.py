@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import sentencepiece
 from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, load, run_program
-from megatron_ext.files import check_writable, replacing, suffix_of, writing
+from megatron_ext.config.section import Name, Section, Seed, Share, below, least, most
+from megatron_ext.files import check_file, replacing, suffix_of, writing
 from megatron_ext.vocab import QwenTokenizer, SentencePieceTokenizer, VocabLayout, Vocabulary
 from megatron_ext.vocab.document import META_CHARACTERS
 from megatron_ext.vocab.text import SPACE_MARK
@@ -44,67 +45,56 @@ _UNTRAINABLE = frozenset(_REQUIRED + _UNKNOWN_MARK + " \t\0")
 _NUM_THREADS = 16
 
 # The suffix array of unigram training counts characters in 32 bits.
-_LARGEST_SAMPLE = 2_000_000_000
+Sample = Annotated[int, least(1), most(2_000_000_000)]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextTokenizerTrainConfig:
+class TextTokenizerTrainConfig(Section):
     """Train a lossless SentencePiece text tokenizer: bytes as fallback, spaces kept, digits and `*` single tokens."""
 
-    input: tuple[str, ...] = ()
+    input: tuple[Name, ...] = ()
     """List of glob patterns (`**` for folders) of UTF-8 text files, a document per line, and of .jsonl (.ndjson, .json)
     and .parquet, a document per row; each but .parquet also as .gz or .zst."""
 
-    captions: tuple[str, ...] = ()
+    captions: tuple[Name, ...] = ()
     """List of folders in the layout of img2dataset's "files" output or of tars, WebDataset tars and manifests, or glob
     patterns of these; the captions of their pictures and clips are read."""
 
-    text_field: str = "text"
+    text_field: Name = "text"
     """Key in JSON lines, and column of Parquet files, that holds the text."""
 
-    output: str
+    output: Name
     """Model file to write; a report is written beside it, with .json in place of its suffix."""
 
-    vocab_size: int = 32000
+    vocab_size: Annotated[int, least(_SMALLEST_VOCABULARY), most(_LARGEST_VOCABULARY)] = 32000
     """Pieces, the 256 bytes and <unk> included."""
 
     model_type: Literal["bpe", "unigram"] = "bpe"
     """Algorithm; on large corpora bpe trains about ten times faster."""
 
-    character_coverage: float = 0.9995
+    character_coverage: Annotated[float, least(0.98), most(1)] = 0.9995
     """Share of the corpus' characters, 0.98..1, that get a piece of their own; the rest is written in bytes."""
 
-    sample_bytes: int = 200_000_000
+    sample_bytes: Sample = 200_000_000
     """UTF-8 bytes to train on at most; of a larger corpus that many are drawn line by line. See docs/tokenizer.md for
     the memory and the time they take."""
 
-    held_out_fraction: float = 0.01
+    held_out_fraction: Annotated[Share, below(1)] = 0.01
     """Share of the documents that are not trained on but measured, chosen by a hash of their text; 0 measures none."""
 
-    held_out_bytes: int = 20_000_000
+    held_out_bytes: Sample = 20_000_000
     """UTF-8 bytes of held-out lines measured at most; of more, that many are drawn."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of the training sample; what is held out does not depend on it."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of documents that may not be UTF-8, JSON or strings; they are skipped, more of them stop."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.input and not self.captions:
             raise InputError("input and captions are both empty: give at least one pattern")
-        if not _SMALLEST_VOCABULARY <= self.vocab_size <= _LARGEST_VOCABULARY:
-            raise InputError(
-                f"vocab_size is {self.vocab_size}: give {_SMALLEST_VOCABULARY}..{_LARGEST_VOCABULARY:,}; bytes, <unk>, "
-                f"space, digits and `*` alone are {_SMALLEST_VOCABULARY - 1}"
-            )
-        if not 0 <= self.held_out_fraction < 1:
-            raise InputError(f"held_out_fraction is {self.held_out_fraction}: give a share of at least 0 and below 1")
-        for name in ("sample_bytes", "held_out_bytes"):
-            if not 0 < getattr(self, name) <= _LARGEST_SAMPLE:
-                raise InputError(f"{name} is {getattr(self, name)}: give 1..{_LARGEST_SAMPLE:,} bytes")
-        if not 0.98 <= self.character_coverage <= 1:
-            raise InputError(f"character_coverage {self.character_coverage} is outside SentencePiece's 0.98..1")
         if suffix_of(self.output) == "json":
             raise InputError(f"output {self.output!r} would be overwritten by its report: name it .model")
 
@@ -154,10 +144,10 @@ def main(argv: list[str]) -> None:
     """Read, train, check as `Vocabulary.load` will, measure, write the model and its report."""
     config = load(TextTokenizerTrainConfig, argv, prog="python -m tokenizer_train.text.train")
     output = Path(config.output)
+    for written in (output, output.with_suffix(".json")):
+        check_file(written, "output")
     files = CorpusFiles.find(config.input, config.captions)
     # All that could refuse the result is asked before the work, and the model is written as soon as there is one.
-    for path in (output, output.with_suffix(".json")):
-        check_writable(path, "output")
     qwen = QwenTokenizer() if config.held_out_fraction else None
     corpus = _read(files, config)
     print(f"training {config.model_type}, {config.vocab_size:,} pieces ...", flush=True)

@@ -1,77 +1,79 @@
 """Configuration of a vision tokenizer's training."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from megatron_ext.config import InputError
 from megatron_ext.config.checkpoint import SaveConfig
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.runtime import DeviceName
+from megatron_ext.config.section import Count, Decay, Name, NonNegative, Number, Positive, Section, Seed, above
 from megatron_ext.vision import VisionTokenizerConfig
 from tokenizer_train.vision.config_media import MediaConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section, section="loss"):
     """Weights of the terms of the loss; each term is a mean over all its numbers, and its weight here is the one that
     acts. Terms of weight 0 other than those of the pixels are not computed."""
 
-    l1: float = 1.0
+    l1: NonNegative = 1.0
     """Absolute difference of the pixels."""
 
-    l2: float = 1.0
+    l2: NonNegative = 1.0
     """Squared difference of the pixels."""
 
-    gradient: float = 0.5
+    gradient: NonNegative = 0.5
     """Absolute difference of the pixels' differences to their right and lower neighbours: keeps edges."""
 
-    lpips_vgg16: float = 0.0
+    lpips_vgg16: NonNegative = 0.0
     """LPIPS (version 0.1, VGG16): squared distance of features, weighted as people judged."""
 
-    efficientnet_lite0: float = 0.0
+    efficientnet_lite0: NonNegative = 0.0
     """Squared distance of the features of EfficientNet-Lite0, which needs no file: LPIPS's formula without its learned
     heads, not LPIPS. It orders distortions as LPIPS does (rank correlation 0.97) with numbers about 1.8 times as large.
     """
 
-    perceptual_start_step: int = 0
+    perceptual_start_step: Number = 0
     """Steps before lpips_vgg16 and efficientnet_lite0 act."""
 
-    vgg16_weights: str | None = None
+    vgg16_weights: Name | None = None
     """File of VGG16 weights in torchvision's format (vgg16-397923af.pth); tokenizer_train.vision.fetch_vgg16 fetches
     its convolutions."""
 
-    lpips_heads: str | None = None
+    lpips_heads: Name | None = None
     """File of LPIPS's heads in the format of the lpips package (weights/v0.1/vgg.pth); fetched likewise."""
 
-    adversarial: float = 0.0
+    adversarial: NonNegative = 0.0
     """Minus the discriminator's mean score of what was drawn (hinge GAN)."""
 
-    adversarial_start_step: int = 0
+    adversarial_start_step: Number = 0
     """Steps before adversarial acts; the discriminator may learn from an earlier step on."""
 
     adversarial_scale: Literal["fixed", "adaptive"] = "fixed"
     """What the weight of adversarial is multiplied with: 1, or the length of the reconstruction's gradient over that of
     the adversarial one at the decoder's last kernel (VQGAN, Esser et al. 2021), of each micro-batch over all ranks."""
 
-    codebook: float = 1.0
+    codebook: NonNegative = 1.0
     """Squared distance that moves the codes to the latents."""
 
-    commitment: float = 0.25
+    commitment: NonNegative = 0.25
     """Squared distance that moves the latents to their codes."""
 
-    index_propagation: float = 0.0
+    index_propagation: NonNegative = 0.0
     """Squared distance of latents and codes through the softmax over all codes; model.quantizer ibq alone (Emu3.5: 1,
     with commitment 1 and codebook 0.25)."""
 
-    entropy: float = 0.0
+    entropy: NonNegative = 0.0
     """Mean entropy of the softmax over all codes minus the entropy of its mean: sure choices, evenly used codes;
     model.quantizer ibq alone (Emu3.5's weight is unpublished)."""
 
-    entropy_temperature: float = 0.01
+    entropy_temperature: Positive = 0.01
     """What the scores are divided by before that softmax (Emu3.5: 0.01)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lpips_vgg16 and not (self.vgg16_weights and self.lpips_heads):
             raise InputError(
                 f"loss.lpips_vgg16 = {self.lpips_vgg16}: needs loss.vgg16_weights and loss.lpips_heads; "
@@ -80,65 +82,61 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodebookConfig:
+class CodebookConfig(Section, section="codebook"):
     """What keeps the codebook from collapsing."""
 
     update: Literal["gradient", "ema"] = "gradient"
     """What moves the codes: the optimizer by loss.codebook, or moving averages of the latents that choose them (van den
     Oord et al. 2017), for which loss.codebook must be 0."""
 
-    ema_decay: float = 0.99
+    ema_decay: Annotated[Decay, above(0)] = 0.99
     """Share that a step keeps of a code's average and of its averaged number of latents, which is logged either way
     as codes_perplexity_average."""
 
-    start_step: int = 0
+    start_step: Number = 0
     """Steps without quantisation, as a plain autoencoder, at the beginning; then k-means places the codes."""
 
-    kmeans_batches: int = 50
+    kmeans_batches: Number = 50
     """Batches whose latents k-means groups; 0 leaves the codes where they were initialised, which collapses from
     scratch and is for trained weights."""
 
-    kmeans_iterations: int = 15
+    kmeans_iterations: Count = 15
     """Rounds of k-means."""
 
-    restart_interval: int = 20
+    restart_interval: Number = 20
     """Codes that no latent chose in so many steps are moved onto random latents; 0 never."""
 
-    restart_until_step: int = 0
+    restart_until_step: Number = 0
     """Last step with restarts; late ones only add noise."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ema_decay < 1:
-            raise InputError(f"codebook.ema_decay = {self.ema_decay}: must be between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionTrainConfig:
+class VisionTrainConfig(Section, section="train"):
     """Length, seed and precision of the training."""
 
-    train_steps: int = 1000
+    train_steps: Count = 1000
     """Optimizer steps."""
 
     trained: Literal["all", "decoder"] = "all"
     """What learns: all, or the decoder alone, so that checkpoint.init_from's encoder and codes stay to the last bit and
     what was tokenized with them stays valid."""
 
-    accumulation_steps: int = 1
+    accumulation_steps: Count = 1
     """Batches of media.batch_size (over all ranks) that a step sees, one after the other. Batch norms normalise over
     one of them at a time: two batches of 4 are not one of 8 to them, unless they are frozen."""
 
-    seed: int = 1234
+    seed: Seed = 1234
     """Seed of initial weights, order of the media, crops, k-means and restarts."""
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Type in which the networks compute; weights, quantiser and losses stay fp32. auto is what the run began with, for
     a new run bf16 on a GPU and on a CPU that multiplies it, else fp32."""
 
-    ema_decay: float = 0.0
+    ema_decay: Decay = 0.0
     """Share of the averaged weights that a step keeps (SBER's MoVQGAN: 0.9999); the average is evaluated and released.
     0 releases the last weights."""
 
-    recompute_min_side: int = 0
+    recompute_min_side: Number = 0
     """Frames of at least so many pixels squared keep only the inputs of the networks' blocks, whose insides are
     computed again in the backward pass: a third more work for a fraction of the memory, for 512 and more; 0 never."""
 
@@ -152,42 +150,32 @@ class VisionTrainConfig:
     deterministic: bool = False
     """Ask for bitwise repeatable kernels, and fail where there is none. A CPU is repeatable anyway."""
 
-    distributed_timeout_s: int = 600
+    distributed_timeout_s: Count = 600
     """Seconds that ranks wait for each other, as at evaluations, which rank 0 does alone, before the run ends."""
 
-    exit_interval: int | None = None
+    exit_interval: Count | None = None
     """Save and stop after a step divisible by this; the next start of the same run goes on."""
 
-    exit_duration: float | None = None
+    exit_duration: NonNegative | None = None
     """Minutes after the start at which to save and stop; the next start of the same run goes on."""
 
     init: Literal["near_identity", "emu3"] = "near_identity"
     """Initial weights: residual branches at zero and temporal layers that pass frames on, or those of Emu3's code."""
 
-    freeze_batch_norm_step: int = 0
+    freeze_batch_norm_step: Number = 0
     """First step in which the batch norms use their running statistics, as in use; 0 never."""
 
-    eval_interval: int = 500
+    eval_interval: Number = 500
     """Steps between evaluations, on media.valid_inputs; one more at the end, which 0 leaves alone."""
 
-    eval_samples: int = 64
+    eval_samples: Number = 64
     """Pictures, and clips, evaluated at most: the first ones."""
 
-    eval_clip_frames: int = 16
+    eval_clip_frames: Number = 16
     """Frames of a clip evaluated at most, from its start: whole chunks of temporal_downsample_factor, at least one."""
 
-    num_threads: int = 0
+    num_threads: Number = 0
     """CPU threads per rank; 0 shares the cores that this process may use evenly among the machine's ranks."""
-
-    def __post_init__(self) -> None:
-        for name in ("train_steps", "accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"train.{name} = {getattr(self, name)}: must be positive")
-        for name in ("eval_interval", "eval_samples", "eval_clip_frames"):
-            if getattr(self, name) < 0:
-                raise InputError(f"train.{name} = {getattr(self, name)}: must not be negative")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"train.ema_decay = {self.ema_decay}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +186,7 @@ class VisionOptimConfig(OptimConfig):
     """What steps the kernels between hidden layers: AdamW as all else, or Muon (Jordan et al. 2024), scaled to AdamW's
     learning rates and weight decays (Liu et al. 2025), which needs fewer steps and half the moments."""
 
-    clip_grad_value: float = 0.0
+    clip_grad_value: NonNegative = 0.0
     """Largest absolute value of a gradient's numbers (SBER's MoVQGAN: 1.0), after clip_grad; 0 turns it off."""
 
 
@@ -207,16 +195,16 @@ def _discriminator_optim() -> VisionOptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorConfig:
+class DiscriminatorConfig(Section, section="discriminator"):
     """The PatchGANs of pictures and of clips, which are there where loss.adversarial is not 0."""
 
-    start_step: int = 0
+    start_step: Number = 0
     """Steps before the discriminator learns; not after loss.adversarial_start_step."""
 
-    width: int = 64
+    width: Count = 64
     """Channels of its first layer; every further layer has twice as many, up to 8 times."""
 
-    num_layers: int = 3
+    num_layers: Count = 3
     """Layers that halve the grid. A score sees 34 pixels a side with 2 of them, 70 with 3."""
 
     norm: Literal["batch", "group"] = "batch"
@@ -231,17 +219,12 @@ class DiscriminatorConfig:
     """AdamW, clipping and the learning-rate schedule, which counts the discriminator's own steps. Rate and decays of
     the moments are by default those of SBER's MoVQGAN."""
 
-    def __post_init__(self) -> None:
-        for name in ("width", "num_layers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"discriminator.{name} = {getattr(self, name)}: must be positive")
-
 
 @dataclass(frozen=True, kw_only=True)
 class VisionCheckpointConfig(SaveConfig):
     """When to save, what to keep, where weights come from."""
 
-    init_from: str | None = None
+    init_from: Name | None = None
     """Folder of a vision tokenizer (a checkpoint of another run is one too), or file of a 2D MoVQGAN in SBER's layout,
     whose weights start a new run; ignored once the run has a checkpoint."""
 
@@ -254,7 +237,7 @@ CODE_STEPS = ("start_step", "kmeans_batches", "restart_until_step")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionTokenizerTrainingConfig:
+class VisionTokenizerTrainingConfig(Section):
     """Train a vision tokenizer on pictures and clips."""
 
     media: MediaConfig
@@ -285,6 +268,7 @@ class VisionTokenizerTrainingConfig:
     """When to save, what to keep, where weights come from."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self._check_quantizer()
         if self.train.trained == "decoder":
             self._check_codes_stay()
@@ -297,9 +281,9 @@ class VisionTokenizerTrainingConfig:
                 f"discriminator.start_step = {self.discriminator.start_step} and below train.train_steps = "
                 f"{self.train.train_steps}"
             )
-        if not 0 <= self.codebook.start_step < self.train.train_steps:
+        if self.codebook.start_step >= self.train.train_steps:
             raise InputError(
-                f"codebook.start_step = {self.codebook.start_step}: must be at least 0 and below train.train_steps = "
+                f"codebook.start_step = {self.codebook.start_step}: must be below train.train_steps = "
                 f"{self.train.train_steps}, or the codes are never placed"
             )
 

@@ -4,72 +4,73 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_ext.config import InputError
+from megatron_ext.config.section import Count, Name, NonNegative, Number, Positive, Section, Share
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaConfig:
+class MediaConfig(Section, section="media"):
     """Which pictures and clips are seen, and how a batch is made of them."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders in the layout of img2dataset's "files" output, WebDataset tars, pictures and clips, or glob patterns."""
 
-    valid_inputs: list[str] = field(default_factory=list)
+    valid_inputs: list[Name] = field(default_factory=list)
     """Held-out pictures and clips, in the same forms, on which the training is evaluated on its way; empty takes the
     first of inputs, which says how well it has learnt them and nothing about others."""
 
-    input_weights: list[float] = field(default_factory=list)
+    input_weights: list[NonNegative] = field(default_factory=list)
     """Share of each of inputs in the pictures, and in the clips, relative to the others; empty takes their numbers of
     samples."""
 
-    size: int = 256
+    size: Count = 256
     """Side in pixels of the square whose area a picture of the batch has; a multiple of the tokenizer's spatial
     factor."""
 
-    larger_sizes: list[int] = field(default_factory=list)
+    larger_sizes: list[Count] = field(default_factory=list)
     """Further sides: a picture goes to the largest one that it fills without being enlarged. A batch holds fewer of
     them, in proportion to the area."""
 
-    aspect_ratios: list[float] = field(default_factory=lambda: [1.0])
+    aspect_ratios: list[Positive] = field(default_factory=lambda: [1.0])
     """Width over height of the shapes that batches may have; a picture goes to the nearest."""
 
-    batch_size: int = 8
+    batch_size: Count = 8
     """Frames of `size` in a batch over all ranks: as many pictures, or clips worth as many frames."""
 
-    augmented_share: float = 0.25
+    augmented_share: Share = 0.25
     """Share of a batch that are random crops, mirrored at times, of clips also random starts and strides. The others
     are the largest centred crop, of clips one piece after the other from the start."""
 
-    smallest_crop: float = 0.5
+    smallest_crop: Share = 0.5
     """Side of the smallest random crop over the side of the centred one."""
 
-    mirrored_share: float = 0.5
+    mirrored_share: Share = 0.5
     """Share of the random crops that are mirrored."""
 
-    clip_share: float = 0.0
+    clip_share: Share = 0.0
     """Share of the batches that are made of clips."""
 
-    clip_frames: int = 0
+    clip_frames: Number = 0
     """Frames of a clip in a batch, a multiple of temporal_downsample_factor; 0 takes that itself, the chunks in which
     clips are tokenized."""
 
-    clip_frame_rate: float | None = None
+    clip_frame_rate: Positive | None = None
     """Frames per second at which clips are sampled; null takes each clip's own rate."""
 
-    clip_strides: list[int] = field(default_factory=lambda: [1])
+    clip_strides: list[Count] = field(default_factory=lambda: [1])
     """Steps from one frame of a clip in a batch to the next, at that rate: random pieces draw one, the others take the
     smallest."""
 
-    clip_max_frames: int = 120
+    clip_max_frames: Count = 120
     """Frames of a clip at most, from its start, at that rate."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of the pictures and clips that may turn out to be unusable; they are skipped, more of them stop."""
 
     allow_change: bool = False
     """Whether a run may go on with other media than its checkpoint was made with: from there in the order of the new
     ones. Also permits other inputs and input_weights."""
 
-    index_dir: str | None = None
+    index_dir: Name | None = None
     """Folder that keeps what was read of the inputs, so that the next start need not: where the bytes of each sample
     are, its size, its frames. Null reads every header at every start."""
 
@@ -77,16 +78,17 @@ class MediaConfig:
     """Who decodes: cpu is OpenCV and PyAV; dali is NVIDIA DALI, on the device that trains; auto takes DALI on a GPU
     where it is installed."""
 
-    workers: int = 2
+    workers: Count = 2
     """Threads that decode while the trainer computes."""
 
-    prefetch_batches: int = 2
+    prefetch_batches: Number = 2
     """Batches decoded ahead."""
 
-    cache_megabytes: int = 512
+    cache_megabytes: Number = 512
     """Memory for decoded pictures and clips that come again, in MB; 0 keeps none."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.inputs:
             raise InputError("media.inputs is empty: give folders or tars of media")
         if self.input_weights and len(self.input_weights) != len(self.inputs):
@@ -94,23 +96,11 @@ class MediaConfig:
                 f"media.input_weights has {len(self.input_weights)} numbers, media.inputs {len(self.inputs)}: "
                 "give one for each"
             )
-        if any(not weight >= 0 for weight in self.input_weights) or (
-            self.input_weights and not sum(self.input_weights)
-        ):
-            raise InputError(f"media.input_weights = {self.input_weights}: give numbers of at least 0, one above it")
-        for name in ("size", "batch_size", "clip_max_frames", "workers"):
-            if getattr(self, name) < 1:
-                raise InputError(f"media.{name} = {getattr(self, name)}: must be positive")
-        for name in ("clip_frames", "prefetch_batches", "cache_megabytes"):
-            if getattr(self, name) < 0:
-                raise InputError(f"media.{name} = {getattr(self, name)}: must not be negative")
-        for name in ("augmented_share", "smallest_crop", "mirrored_share", "clip_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"media.{name} = {getattr(self, name)}: must be between 0 and 1")
+        if self.input_weights and not sum(self.input_weights):
+            raise InputError(f"media.input_weights = {self.input_weights}: at least one must be above 0")
         for name in ("aspect_ratios", "clip_strides"):
-            values = getattr(self, name)
-            if not values or min(values) <= 0:
-                raise InputError(f"media.{name} = {values}: give at least one number, all of them positive")
+            if not getattr(self, name):
+                raise InputError(f"media.{name} is empty: give at least one number")
         if any(size <= self.size for size in self.larger_sizes):
             raise InputError(f"media.larger_sizes = {self.larger_sizes}: must all be above media.size = {self.size}")
 

@@ -22,7 +22,8 @@ from rich.console import Console
 
 from megatron_ext.config import BadSamples, InputError, as_dict, load, run_program
 from megatron_ext.config.runtime import DeviceName, RuntimeConfig
-from megatron_ext.files import replacing
+from megatron_ext.config.section import Count, Name, Number, Section, Share
+from megatron_ext.files import check_folder, replacing, writing
 from megatron_ext.media import MediaError, ResizeConfig, Sample, decode_clip, decode_picture, list_samples, resize
 from megatron_ext.media.decode import ClipConfig
 from megatron_ext.observe.progress import progress
@@ -35,25 +36,25 @@ from tokenizer_train.vision.scores import Networks, Scores, save_comparison, sco
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """Evaluate vision tokenizers on the same pictures and clips."""
 
-    inputs: list[str]
+    inputs: list[Name]
     """Folders in the layout of img2dataset's "files" output, and WebDataset tars."""
 
-    tokenizers: list[str]
+    tokenizers: list[Name]
     """Folders of vision tokenizers, or NAME=FOLDER: ours, BAAI's, transformers' Emu3VQVAE, or of whole Emu3 models."""
 
-    output: str
+    output: Name
     """Folder for report.json and the grids."""
 
-    sizes: list[int] = field(default_factory=lambda: [256])
+    sizes: list[Count] = field(default_factory=lambda: [256])
     """Sides in pixels of the centred squares that are compared, one after the other."""
 
-    limit: int = 0
+    limit: Number = 0
     """Pictures, and clips, at most; 0 takes all."""
 
-    batch_size: int = 4
+    batch_size: Count = 4
     """Pictures coded at once."""
 
     clips: ClipConfig = field(default_factory=ClipConfig)
@@ -69,17 +70,17 @@ class EvaluateConfig:
     perceptual: Literal["efficientnet_lite0", "lpips_vgg16", "none"] = "efficientnet_lite0"
     """Network of the perceptual distance; lpips_vgg16 is LPIPS and needs its two files."""
 
-    vgg16_weights: str | None = None
+    vgg16_weights: Name | None = None
     """VGG16 weights in torchvision's names, for lpips_vgg16."""
 
-    lpips_heads: str | None = None
+    lpips_heads: Name | None = None
     """Heads in the names of the lpips package, for lpips_vgg16."""
 
     frechet: Literal["efficientnet_lite0", "none"] = "efficientnet_lite0"
     """Network of the Frechet distance between originals and reconstructions: pooled features of 1,280 numbers. It is
     not Inception, and its numbers compare only with one another; below some thousand frames they are biased upwards."""
 
-    grid_samples: int = 8
+    grid_samples: Number = 8
     """Pictures, and clips by their first frame, in the grid of a size."""
 
     device: DeviceName = "auto"
@@ -88,19 +89,17 @@ class EvaluateConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of the tokenizers' weights and maps."""
 
-    num_threads: int = 0
+    num_threads: Number = 0
     """CPU threads; 0 takes all cores this process may use."""
 
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Largest share of the samples that may be unusable; they are skipped, more of them stop."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("inputs", "tokenizers", "sizes"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty: give at least one")
-        for name, least in (("limit", 0), ("grid_samples", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} = {getattr(self, name)}: must be at least {least}")
         if self.perceptual == "lpips_vgg16" and not (self.vgg16_weights and self.lpips_heads):
             raise InputError("perceptual lpips_vgg16 needs vgg16_weights and lpips_heads: give both files")
 
@@ -247,7 +246,9 @@ def main(argv: list[str]) -> None:
     config = load(EvaluateConfig, argv, prog="tokenizer_train.vision.evaluate")
     console = Console(highlight=False)
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with writing(output, "output"):
+        output.mkdir(parents=True, exist_ok=True)
+    check_folder(output, "output")
     evaluation = Evaluation(config, console)
     with full_fp32():
         rows = evaluation.run()
@@ -256,7 +257,7 @@ def main(argv: list[str]) -> None:
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pillow", "av")},
         "skipped": evaluation.bad.samples, "rows": rows,
     }  # fmt: skip
-    with replacing(output / "report.json") as temporary:
+    with writing(output, "output"), replacing(output / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     wide = console if console.is_terminal else Console(highlight=False, width=200)
     wide.print(score_table(rows, evaluation.networks))

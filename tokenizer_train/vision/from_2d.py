@@ -36,7 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from megatron_ext.config import InputError
+from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import suffix_of
 from megatron_ext.vision import MoVQGAN, VisionTokenizerConfig
 
@@ -101,9 +101,9 @@ def read_2d(path: str | Path) -> dict[str, Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, SafetensorError) as error:
-        raise InputError(f"checkpoint {str(path)!r}: not readable ({' '.join(str(error).split())[:200]})") from None
+        raise InputError(f"checkpoint {str(path)!r}: not readable ({reason_of(error)})") from None
     except Exception as error:  # pickle's own errors: UnpicklingError, and what damaged opcodes raise
-        reason = " ".join(str(error).split())[:120]
+        reason = reason_of(error)
         raise InputError(
             f"checkpoint {str(path)!r}: holds more than tensors ({type(error).__name__}: {reason}); "
             "save its state_dict alone, best as .safetensors"

@@ -14,7 +14,8 @@ from fractions import Fraction
 import numpy as np
 
 from megatron_ext.config import InputError
-from megatron_ext.data.order import MAX_PERIOD, Blend, derive_key
+from megatron_ext.config.data import LONGEST_PERIOD
+from megatron_ext.data.order import Blend, derive_key
 from megatron_ext.media import MediaIndex
 from tokenizer_train.vision.buckets import Bucket, assign, give_up_rare, make_buckets
 from tokenizer_train.vision.config_media import MediaConfig
@@ -238,7 +239,7 @@ class BatchOrder:
 
 def _floored(weights: Sequence[Fraction]) -> list[Fraction]:
     """Weights of which none is too small for a blend to give it a place."""
-    least = 2 * sum(weights) / Fraction(MAX_PERIOD)
+    least = 2 * sum(weights) / Fraction(LONGEST_PERIOD)
     return [max(weight, least) for weight in weights]
 
 

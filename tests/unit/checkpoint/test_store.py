@@ -64,13 +64,6 @@ def test_keeps_some_for_good(tmp_path):
     for step in range(2, 14, 2):
         store.write(step, write_weights, {})
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000004", "step_00000008", "step_00000012"]
-    with pytest.raises(InputError, match="checkpoint.keep_every is 0"):
-        CheckpointStore(tmp_path, keep=1, keep_every=0)
-
-
-def test_keep_below_one_is_refused(tmp_path):
-    with pytest.raises(InputError, match="checkpoint.keep is 0"):
-        CheckpointStore(tmp_path, keep=0)
 
 
 def damage(folder: Path, kind: str) -> None:

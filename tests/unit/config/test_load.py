@@ -5,7 +5,9 @@ import dataclasses
 import pytest
 
 from megatron_ext.config import InputError, load, to_yaml
+from megatron_ext.config.optim import OptimConfig
 from megatron_ext.config.run import RunConfig
+from megatron_ext.config.section import Section
 
 REQUIRED = ["--train.train_steps", "3", "--observe.run_dir", "runs/x"]
 
@@ -63,3 +65,53 @@ def test_sections_are_frozen():
     config = load(RunConfig, REQUIRED)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.optim.lr = 1.0
+
+
+def test_the_faults_of_all_sections_are_told_at_once():
+    """Under the names that they have here: a section in a list, and one below another that is used elsewhere too."""
+    with pytest.raises(InputError) as error:
+        load(
+            RunConfig,
+            [
+                *REQUIRED,
+                "--optim.lr",
+                "-1",
+                "--train.seq_length",
+                "0",
+                "--data.train",
+                '[{"prefix": "a", "weight": 0}]',
+            ],
+        )
+    assert str(error.value) == (
+        "optim.lr -1.0: must be at least 0; train.seq_length 0: must be at least 1; "
+        "data.train[0]: weight 0.0: must be above 0"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(Section):
+    """A section that holds another one under a name of its own."""
+
+    second: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    """Not called optim."""
+
+
+def test_a_section_is_named_as_it_is_here():
+    with pytest.raises(InputError, match=r"^second\.lr -1\.0: must be at least 0; second\.clip_grad -1\.0: "):
+        load(Outer, ["--second.lr", "-1", "--second.clip_grad", "-1"])
+    with pytest.raises(InputError, match=r"^second\.min_lr 1\.0 is above second\.lr 5e-05: "):
+        load(Outer, ["--second.min_lr", "1"])
+
+
+def test_null_where_a_value_must_be(tmp_path):
+    (tmp_path / "run.yaml").write_text("optim: {lr: }\ndata: {train: }\n")
+    with pytest.raises(InputError, match=r"^optim\.lr null: must be given; data\.train null: must be given$"):
+        load(RunConfig, [*REQUIRED, "--config", str(tmp_path / "run.yaml")])
+
+
+def test_what_is_printed_is_valid_too(capsys):
+    with pytest.raises(InputError, match=r"^optim\.lr -1\.0: "):
+        load(RunConfig, [*REQUIRED, "--optim.lr", "-1", "--print_config"])
+    with pytest.raises(SystemExit):  # a template may lack what is required
+        load(RunConfig, ["--print_config"])
+    assert "train_steps: null" in capsys.readouterr().out

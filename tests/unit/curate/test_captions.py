@@ -252,6 +252,7 @@ def test_a_torn_line_is_asked_again_and_a_strange_file_is_refused(tmp_path, pict
             caption.main(arguments)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_loses_only_what_was_in_flight(tmp_path, pictures):
     in_flight = 2
     with chat_server(tmp_path, seconds=0.15) as asked:

@@ -163,7 +163,7 @@ def test_time_stamps_that_begin_late_and_jump(tmp_path):
 
 
 def test_options_are_checked():
-    with pytest.raises(InputError, match="encoding.crf = 52"):
+    with pytest.raises(InputError, match="encoding.crf 52: must be at most 51"):
         EncodingConfig(crf=52)
-    with pytest.raises(InputError, match="encoding.preset = 'best': give one of ultrafast"):
+    with pytest.raises(InputError, match="encoding.preset 'best': give one of ultrafast"):
         EncodingConfig(preset="best")

@@ -248,6 +248,7 @@ def test_aesthetic_scores_and_rescue(tmp_path):
     assert "Kept although below the aesthetic score" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on(tmp_path):
     """The main process is killed with its workers at work; the second start keeps the pieces that were finished."""
     pictures = tmp_path / "pictures"
@@ -284,8 +285,8 @@ def test_killed_at_any_moment_it_goes_on(tmp_path):
         (["--stage", "write", "--kept", "tars"], "made_by.json is missing: run the stage decide with kept: tars first"),
         (["--stage", "write"], "stage write with kept: jsonl"),
         (["--aesthetic.clip", "x"], "aesthetic.clip is given without aesthetic.head"),
-        (["--piece_size", "0"], "piece_size = 0: must be positive"),
-        (["--workers", "-1"], "workers = -1"),
+        (["--piece_size", "0"], "piece_size 0: must be at least 1"),
+        (["--workers", "-1"], "workers -1"),
     ],
 )
 def test_bad_options(options, message, inputs, tmp_path):

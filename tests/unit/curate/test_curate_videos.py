@@ -263,6 +263,7 @@ def test_shards_make_what_one_process_makes(several, tmp_path, capsys, monkeypat
         curate_videos.main([*options, f"--output={output}", "--overwrite=true"])
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(several, tmp_path):
     options, undisturbed = several
     output = tmp_path / "out"

@@ -77,5 +77,5 @@ def test_damage_is_a_media_error(tmp_path):
 
 
 def test_options_are_checked():
-    with pytest.raises(InputError, match="scenes.max_clip_s = 0"):
+    with pytest.raises(InputError, match="scenes.max_clip_s 0"):
         ScenesConfig(max_clip_s=0)

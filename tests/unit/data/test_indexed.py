@@ -9,6 +9,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from megatron_ext.config import InputError
 from megatron_ext.data import KINDS, DocumentDataset, DocumentWriter, document_kind
+from megatron_ext.data.indexed import FILES_OPEN
 from megatron_ext.vocab import Text, Vocabulary, decode_document, encode_document, spans
 from tests.unit.data.samples import (
     VISION_TOKENIZER,
@@ -47,6 +48,14 @@ def test_documents_come_back(tmp_path, vocabulary):
         np.testing.assert_array_equal(dataset.ids(number, 1, 2), ids[1:3])
     assert all(dataset.check_files().values())
     assert DocumentDataset.open(tmp_path / "set").vocabulary.identity == vocabulary.identity
+
+
+def test_an_open_dataset_holds_as_many_files_as_are_asked_for(tmp_path, vocabulary):
+    prefix = write_dataset(tmp_path / "set", vocabulary, documents(vocabulary))
+    before = len(os.listdir("/proc/self/fd"))
+    dataset = DocumentDataset(prefix, vocabulary)
+    assert len(os.listdir("/proc/self/fd")) - before == FILES_OPEN
+    assert len(dataset)
 
 
 def test_manifest_counts(tmp_path, vocabulary):

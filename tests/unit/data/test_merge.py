@@ -221,6 +221,7 @@ def killed_at(moment: int, action) -> bool:
     return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, text_model):
     """What is there at that moment is whole or absent; done again, it is what an undisturbed run gives."""
     (tmp_path / "text.model").write_bytes(text_model)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.config import InputError
-from megatron_ext.data.order import MAX_PERIOD, Blend, Permutation, apportion, derive_key
+from megatron_ext.config.data import LONGEST_PERIOD
+from megatron_ext.data.order import Blend, Permutation, apportion, derive_key
 
 
 @given(st.integers(1, 600), st.binary(min_size=1, max_size=32))
@@ -67,10 +68,10 @@ def test_shares_are_exact_where_a_period_fits_them(weights, slots):
 @settings(deadline=None)
 def test_shares_are_never_off_by_a_slot(weights):
     slots = apportion(weights)
-    assert sum(slots) <= MAX_PERIOD
-    slack = 1 if sum(slots) == MAX_PERIOD else 0  # a shorter period holds the shares exactly
+    assert sum(slots) <= LONGEST_PERIOD
+    slack = 1 if sum(slots) == LONGEST_PERIOD else 0  # a shorter period holds the shares exactly
     for weight, count in zip(weights, slots, strict=True):
-        assert abs(count / sum(slots) - weight / sum(weights)) < slack / MAX_PERIOD + 1e-12
+        assert abs(count / sum(slots) - weight / sum(weights)) < slack / LONGEST_PERIOD + 1e-12
 
 
 @pytest.mark.parametrize("weights", [[1, 0.0], [1, -1.0], [1, float("nan")], [1, float("inf")], [1, 1e-6]])

@@ -59,15 +59,6 @@ def test_fp8_shapes_are_checked_against_the_recipe(topology):
         build_model(narrow, ParallelConfig(), LAYOUT, asked, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [({"num_query_groups": 3}, "num_query_groups 3")],
-)
-def test_shapes_that_cannot_be_are_refused(changes, named):
-    with pytest.raises(InputError, match=named):
-        DecoderShape.of(ModelConfig(**changes))
-
-
 def test_a_missing_transformer_engine_is_named(topology, monkeypatch):
     """Before megatron-core complains about a fusion that nobody chose."""
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)  # what an import of it then raises is real

@@ -53,16 +53,8 @@ def test_other_ranks_write_nothing(topology, tmp_path):
     assert not (tmp_path / "profile").exists()
 
 
-@pytest.mark.parametrize(
-    ("section", "named"),
-    [
-        ({"profile_step_start": 3, "profile_step_end": 3}, "profile_step_end 3"),
-        ({"profile_step_end": 3}, "profile_step_start None"),
-        ({"profile_step_start": 0}, "profile_step_start 0"),
-        ({"profile_step_start": 1, "record_memory_history": True}, "needs a GPU"),
-    ],
-)
-def test_refused(topology, tmp_path, section, named):
+def test_memory_history_without_a_gpu_is_refused(topology, tmp_path):
+    section = {"profile_step_start": 1, "record_memory_history": True}
     observe = ObserveConfig(run_dir=str(tmp_path), tensorboard=False, **section)
-    with Run.open(observe, True, "{}") as run, pytest.raises(InputError, match=named), run.profiler(topology):
+    with Run.open(observe, True, "{}") as run, pytest.raises(InputError, match="no GPU"), run.profiler(topology):
         pass

@@ -13,7 +13,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.files import read_json_lines
 from megatron_ext.observe import Run
-from megatron_ext.observe.provenance import collect_provenance, git_state, read_provenance
+from megatron_ext.observe.provenance import append_provenance, collect_provenance, git_state, read_provenance
 from megatron_ext.runtime.hardware import describe_hardware
 
 
@@ -98,8 +98,29 @@ def test_every_start_that_trains_adds_an_entry(tmp_path):
     assert isinstance(starts[0]["time"], float)
 
 
+def test_broken_installations_do_not_stop_a_run(tmp_path, monkeypatch):
+    """An interrupted pip leaves folders without METADATA, with an empty one, and with a name of its own."""
+    for name, content in (("torchfoo-1.0", None), ("~rch-2.0", None), ("empty-1.0", ""), ("half-1.0", "Name: half\n")):
+        (tmp_path / f"{name}.dist-info").mkdir()
+        if content is not None:
+            (tmp_path / f"{name}.dist-info" / "METADATA").write_text(content)
+    monkeypatch.syspath_prepend(tmp_path)
+    entry = collect_provenance({})
+    assert entry["packages"]["torch"] and entry["packages"]["half"] is None and "untold" not in entry
+
+
+def test_what_cannot_be_found_out_is_said_and_does_not_stop_a_run(tmp_path, monkeypatch):
+    (tmp_path / "a.manifest.json").symlink_to("/proc/self/mem")  # a file that no read can be done of
+    entry = collect_provenance({"train": [{"prefix": str(tmp_path / "a")}]})
+    assert entry["manifests"] == {} and entry["untold"]["manifests"].startswith("OSError: ")
+    assert entry["packages"]["torch"]
+
+
 @pytest.mark.parametrize("content", ["[{", '{"step": 1}'])
 def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "provenance.json").write_text(content)
     with pytest.raises(InputError, match=r"provenance\.json is .*: move it away"):
         read_provenance(tmp_path)
+    append_provenance(tmp_path, {"step": 0})
+    assert read_provenance(tmp_path) == [{"step": 0}]
+    assert (tmp_path / "provenance.json.damaged").read_text() == content

@@ -13,7 +13,7 @@ from megatron_ext.config import InputError
 from megatron_ext.config.observe import ObserveConfig
 from megatron_ext.files import read_json_lines
 from megatron_ext.observe import Run
-from megatron_ext.observe.writers import ConsoleLines, JsonLines, duration
+from megatron_ext.observe.writers import ConsoleLines, JsonLines, counted, duration
 from tests.support.full_disk import no_file_beyond
 
 CONFIG = "train:\n  train_steps: 4\n"
@@ -117,6 +117,24 @@ def test_console_lines(monkeypatch):
         "step 4/6 | loss 1.0000 | text 0.5000 | vision 2.0000 | grad 0.2500 | lr 1.50e-03 | 3,500 tokens/s | ETA 4s",
         "step 5/6 | valid_loss 3.0000",
     ]
+
+
+def test_what_nothing_was_counted_for_is_no_curve(tmp_path):
+    """A step of texts has no loss of visual labels: null in metrics.jsonl, and no `nan` where people read."""
+    parts = {"loss_text": 0.5, "loss_vision": torch.tensor(float("nan")), "loss_dataset/web": 0.5}
+    texts = {"step": 1, "loss": torch.tensor(0.5), **parts}
+    held_out = {"step": 1, "valid_loss": 0.5, "valid_loss_text": 0.5, "valid_loss_vision": float("nan")}
+    diverged = {"step": 2, "loss": float("nan"), "loss_text": float("nan"), "loss_vision": float("nan")}
+    output = io.StringIO()
+    lines = ConsoleLines(Console(file=output, width=40, highlight=False), 1, 9)
+    for record in (texts, held_out, diverged):
+        lines.write(record)
+    assert [line.partition(" | ETA")[0] for line in output.getvalue().splitlines()] == [
+        "step 1/9 | loss 0.5000 | text 0.5000",
+        "step 1/9 | valid_loss 0.5000 | valid_loss_text 0.5000",
+        "step 2/9 | loss nan | text nan | vision nan",
+    ]
+    assert list(counted(texts)) == ["step", "loss", "loss_text", "loss_dataset/web"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(8.4, "8s"), (125, "2m05s"), (11220, "3h07m"), (352800, "4d02h")])

@@ -60,6 +60,7 @@ def line(step: int, loss: float) -> dict:
     return {"step": step, "loss": loss, "grad_norm/head": 0.5, "timing": {"step_seconds": 1.0}}
 
 
+@pytest.mark.slow
 def test_one_run_over_all_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     observe = ObserveConfig(run_dir=str(tmp_path / "story"), tensorboard=False, wandb_project="emu3-test")

@@ -66,7 +66,7 @@ def test_what_there_is_none_of_is_not_planned():
         make_plan(PlanConfig(**{**RATES, "cluster_hashes_per_second": None}))
     with pytest.raises(InputError, match="tokenize_clips_per_second is not given: measure it"):
         make_plan(PlanConfig(clips=5, **RATES))
-    with pytest.raises(InputError, match="task_hours is 0"):
+    with pytest.raises(InputError, match="task_hours 0"):
         PlanConfig(task_hours=0)
     with pytest.raises(InputError, match="ids_per_second is -1"):
         make_plan(PlanConfig(**{**RATES, "ids_per_second": -1.0}))

@@ -128,7 +128,7 @@ def test_suggestion_can_be_copied(capsys):
     [
         (["--model.preset", "emu4"], "emu4"),
         (["--model.num_query_groups", "5"], "model.num_query_groups 5"),
-        (["--vocab.codebook_size", "5"], "vocab.codebook_size is fixed by layout emu3"),
+        (["--vocab.codebook_size", "5"], "vocab.codebook_size 5: it is fixed by vocab.layout emu3"),
         (["--parallel.context_parallel_size", "0"], "parallel.context_parallel_size 0"),
         (["--model.presett", "tiny"], "model.preset"),
         (["--runtime.device", "cpu", "--suggest"], "--suggest ranks layouts of GPUs"),

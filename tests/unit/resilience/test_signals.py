@@ -30,6 +30,19 @@ def test_second_interrupt_acts_as_before():
         os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_second_interrupt_is_ignored_where_the_first_would_have_been():
+    """A shell starts jobs in the background so: they hear the first, of which they save and stop, and no other."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopRequest.on_signals(signal.SIGINT) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal_name == "SIGINT"
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 def test_handlers_are_restored():
     before = signal.getsignal(signal.SIGTERM)
     with StopRequest.on_signals(signal.SIGTERM):

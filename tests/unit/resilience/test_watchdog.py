@@ -1,12 +1,11 @@
 """What ends a process that hangs, and what may take its time."""
 
-import subprocess
-import sys
 import time
 
 from megatron_ext.config.resilience import ResilienceConfig
 from megatron_ext.resilience import Watchdog
 from megatron_ext.resilience.watchdog import EXIT_CODE
+from tests.support.programs import run
 
 HANGING = """
 import sys, time
@@ -26,8 +25,7 @@ with Watchdog(ResilienceConfig(hang_timeout_s=0.5), Path(sys.argv[1]), 3, tell).
 
 def test_a_disk_that_is_full_or_hangs_does_not_keep_a_hung_rank_alive(tmp_path):
     for disk in ("is full", "blocks"):
-        command = [sys.executable, "-c", HANGING, str(tmp_path), disk]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        done = run("-c", HANGING, str(tmp_path), disk)
         assert done.returncode == EXIT_CODE
         assert done.stdout == "the start\n" and "rank 3: the start has taken" in done.stderr
         assert 'File "<string>", line' in (tmp_path / "rank_00003.txt").read_text()

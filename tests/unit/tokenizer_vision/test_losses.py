@@ -97,7 +97,7 @@ def test_means_of_equal_parts_compose():
 def test_contradictions_are_refused():
     with pytest.raises(InputError, match=r"loss.lpips_vgg16 = 0.1: needs loss.vgg16_weights .*efficientnet_lite0"):
         LossConfig(lpips_vgg16=0.1)
-    with pytest.raises(InputError, match=r"discriminator.num_layers = 0: must be positive"):
+    with pytest.raises(InputError, match=r"discriminator.num_layers 0: must be at least 1"):
         DiscriminatorConfig(num_layers=0)
     arguments = ["--media.inputs=[folder]", "--observe.run_dir=run", "--loss.adversarial=0.1"]
     bad = [*arguments, "--loss.adversarial_start_step=10", "--discriminator.start_step=20"]

@@ -20,6 +20,7 @@ from megatron_ext.files import read_json_lines
 from megatron_ext.runtime import Topology
 from megatron_ext.vision import load_vision_tokenizer, save_vision_tokenizer
 from tests.support.distributed import use_next_store
+from tests.support.double_precision import double_precision
 from tokenizer_train.vision import train
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.data import TrainingMedia
@@ -274,7 +275,7 @@ class RankMedia(TrainingMedia):
 
 
 def made(config: VisionTokenizerTrainingConfig, topology: Topology, **media: int) -> TrainStep:
-    model = initial_tokenizer(config).model.train()
+    model = initial_tokenizer(config).model.train().to(torch.get_default_dtype())
     if config.train.trained == "decoder":
         train_decoder_alone(model)
     optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps)
@@ -295,9 +296,13 @@ def refusal_on_a_rank(topology: Topology) -> str:
 
 
 def training_on_a_rank(topology: Topology, name: str, folder: Path) -> list[dict[str, Any]]:
-    """Metrics, gradients and running statistics of every step."""
+    """Metrics, gradients and running statistics of every step, in float64."""
     config = configured(name, init_from=folder / RELEASED if name == "decoder" else None)
-    train_step = made(config, topology)
+    with double_precision():
+        return history_of(made(config, topology))
+
+
+def history_of(train_step: TrainStep) -> list[dict[str, Any]]:
     networks = nn.ModuleDict({"model": train_step.model})
     if train_step.adversary is not None:
         networks["adversary"] = train_step.adversary.network
@@ -322,14 +327,12 @@ def test_two_ranks_train_as_one(walked, alone, name):
     for rank in walked:
         for mine, expected in zip(rank["trainings"][name], alone[name], strict=True):
             step = expected["line"]["step"]
-            assert mine["line"] == pytest.approx(expected["line"], rel=1e-5, abs=1e-6), step
+            assert mine["line"] == pytest.approx(expected["line"], rel=1e-9), step
             for part in ("gradients", "statistics"):
                 assert mine[part].keys() == expected[part].keys()
                 for key, value in expected[part].items():
-                    # Measured: 4.5e-6 at equal weights, 1.1e-5 after three steps (tokenizer), 3.5e-7 (discriminator);
-                    # statistics 9.5e-7; losses 5e-7 of 2.
                     error = (mine[part][key] - value).abs().max() / value.abs().max().clamp(min=1)
-                    assert error < (1e-5 if step == 1 else 2e-5), (step, part, key, error)
+                    assert error < 1e-9, (step, part, key, error)
 
 
 def test_accumulated_gradients_are_those_of_the_joined_batch():

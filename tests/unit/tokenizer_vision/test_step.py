@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron_ext.config import load
 from megatron_ext.config.runtime import RuntimeConfig
 from megatron_ext.runtime import Topology
+from tests.support.double_precision import double_precision
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
 from tokenizer_train.vision.optimizer import NetworkOptimizer
 from tokenizer_train.vision.parallel import Replicas
@@ -139,15 +140,16 @@ def test_accumulation_is_the_whole_batch(make):
     results = []
     for samples, batches in ((4, 1), (2, 2)):
         options = {"train__accumulation_steps": batches, "discriminator__norm": "group", "optim__clip_grad": 0}
-        step = make(GivenMedia(samples, batches), train__freeze_batch_norm_step=1, **options)
-        step.model.eval()
-        lines = [step.run(1), step.run(2)]
+        with double_precision():
+            step = make(GivenMedia(samples, batches), train__freeze_batch_norm_step=1, **options)
+            step.model.eval()
+            lines = [step.run(1), step.run(2)]
         results.append((lines, gradients(step.model), gradients(step.adversary.network)))
     (whole, *networks), (parts, *others) = results
     for mine, expected in zip(parts, whole, strict=True):
-        assert mine == pytest.approx(expected, rel=1e-4)  # measured: 1.3e-7 before the first update, 3e-6 after
+        assert mine == pytest.approx(expected, rel=1e-9)
     for mine, expected in zip(others, networks, strict=True):
-        compare(mine, expected, 1e-3)  # after an update by AdamW, which divides by tiny roots; measured: 5.6e-5
+        compare(mine, expected, 1e-9)
 
 
 def test_codes_are_placed_with_the_norms_of_the_steps_that_follow(make):

@@ -204,7 +204,7 @@ def test_unusable_folders_are_refused(tmp_path):
         ({"ch": 16}, "multiple of 32"),
         ({"z_channels": 8}, "embed_dim"),
         ({"temporal_downsample_factor": 3}, "power of two"),
-        ({"attn_resolutions": (4,)}, "stage indices"),
+        ({"attn_resolutions": (4,)}, "indices of the 4 stages"),
     ],
 )
 def test_impossible_shapes_are_refused(values, message):

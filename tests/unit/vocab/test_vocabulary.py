@@ -30,18 +30,9 @@ def test_load(emu3: Vocabulary, emu3_5: Vocabulary, custom: Vocabulary, model_fi
     assert Vocabulary.load(config).identity == custom.identity
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        (VocabConfig(layout="custom"), "needs vocab.text_tokenizer and vocab.codebook_size"),
-        (VocabConfig(layout="custom", text_tokenizer="absent", codebook_size=4), "cannot read text tokenizer absent"),
-        (VocabConfig(text_tokenizer="x.model"), "vocab.text_tokenizer is fixed by layout emu3"),
-        (VocabConfig(layout="emu3_5", codebook_size=4), "vocab.codebook_size is fixed by layout emu3_5"),
-    ],
-)
-def test_load_refuses(config: VocabConfig, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Vocabulary.load(config)
+def test_load_refuses_a_missing_model() -> None:
+    with pytest.raises(InputError, match="cannot read text tokenizer absent"):
+        Vocabulary.load(VocabConfig(layout="custom", text_tokenizer="absent", codebook_size=4))
 
 
 def _tokenizer(**options: object) -> SentencePieceTokenizer:
