@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ext.config import InputError, reason_of
 from megatron_ext.files import replacing
-from megatron_ext.vision.movqgan import CodesOrigin, MoVQGAN, VisionTokenizerConfig
+from megatron_ext.vision.movqgan import CodesOrigin, MoVQGAN
+from megatron_ext.vision.shape import VisionTokenizerConfig
 
 MODEL_TYPES = {"nearest": "Emu3VisionVQ", "ibq": "Emu3VisionIBQ"}
 """By quantizer. Another name than BAAI's where its class would choose other codes for the same weights."""

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from megatron_ext.vision import MoVQGAN
-from megatron_ext.vision.movqgan import VisionTokenizerConfig
+from megatron_ext.vision.shape import VisionTokenizerConfig
 from tokenizer_train.vision.config import VisionOptimConfig
 from tokenizer_train.vision.muon import Muon, orthogonalized
 from tokenizer_train.vision.optimizer import NetworkOptimizer
