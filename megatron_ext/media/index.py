@@ -17,9 +17,9 @@ import numpy as np
 from megatron_ext.config import InputError
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.headers import Header, read_header
-from megatron_ext.media.listing import Layout, expand, layout_of, samples_of
+from megatron_ext.media.listing import Layout, Part, expand, layout_of, listing_of
 from megatron_ext.media.members import key_of
-from megatron_ext.media.samples import Extent, Sample, readable_name
+from megatron_ext.media.samples import Extent, Fault, Sample, readable_name
 from megatron_ext.media.table import MediaTable
 
 READERS = 8
@@ -93,7 +93,7 @@ class MediaIndex:
         return self._table.codecs[self._table.codec[number]]
 
     def faults(self) -> Iterator[tuple[int, str]]:
-        """(sample, why its header is unreadable) of those that are."""
+        """(sample, why it cannot be used) of those of which listing or the header says so."""
         return iter(self._table.faults.items())
 
     def _digest(self) -> str:
@@ -111,8 +111,10 @@ class MediaIndex:
 def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress) -> MediaIndex:
     """The samples of all inputs (paths or patterns). Interrupted, it keeps the inputs that were finished.
 
+    What listing finds unusable (a second picture of one key, the end of a damaged tar) is a row of faults.
+
     Raises:
-        InputError: as `expand` and `samples_of`; a manifest; `index_dir` cannot be written.
+        InputError: as `expand` and `listing_of`; nothing usable; a manifest; `index_dir` cannot be written.
     """
     paths = [(number, path) for number, pattern in enumerate(inputs) for path in expand(pattern)]
     for manifest in (path for _, path in paths if layout_of(path) == "manifest"):
@@ -126,7 +128,7 @@ def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress
         if index_dir is not None and layout_of(path) != "media"  # a file for each picture is too many
     }
     tables: list[MediaTable | None] = []
-    listed: dict[int, tuple[list[Sample], MediaTable | None]] = {}
+    listed: dict[int, tuple[list[Sample | Fault], MediaTable | None]] = {}
     with progress("list media", len(paths), "inputs") as advance:
         for place, (_, path) in enumerate(paths):
             kept = MediaTable.load(caches[path]) if path in caches else None
@@ -134,14 +136,18 @@ def build_index(inputs: Sequence[str], index_dir: str | None, progress: Progress
             known = kept[0] if kept and (is_folder or kept[1] == _stamp(path)) else None
             tables.append(None if is_folder else known)
             if tables[place] is None:
-                listed[place] = (samples_of(path), known)
+                listing = listing_of(Part(layout=layout_of(path), paths=(path,)))
+                listed[place] = (listing.entries(0, len(listing)), known)
             advance(1)
-    total = sum(len(samples) for samples, _ in listed.values())
-    with progress("read headers", total, "samples") as advance, ThreadPoolExecutor(READERS) as pool:
-        for place, (samples, known) in listed.items():
+    entries = [entry for found, _ in listed.values() for entry in found]
+    if not any(tables) and all(isinstance(entry, Fault) for entry in entries):
+        path, fault = paths[0][1], entries[0]
+        raise InputError(f"input {readable_name(str(path))!r}: {fault.source}: {fault.reason}")
+    with progress("read headers", len(entries), "samples") as advance, ThreadPoolExecutor(READERS) as pool:
+        for place, (found, known) in listed.items():
             path = paths[place][1]
             stamp = _stamp(path)
-            tables[place] = table = _table(path, samples, known, pool, advance)
+            tables[place] = table = _table(path, found, known, pool, advance)
             if path in caches:
                 table.save(caches[path], stamp)
     return MediaIndex([(number, path, table) for (number, path), table in zip(paths, tables, strict=True)])
@@ -154,16 +160,19 @@ def _stamp(path: Path) -> list[int]:
 
 def _table(
     path: Path,
-    samples: list[Sample],
+    entries: list[Sample | Fault],
     known: MediaTable | None,
     pool: ThreadPoolExecutor,
     advance: Callable[[int], None],
 ) -> MediaTable:
-    """The table of `samples`, of those that changed since `known` with their headers read."""
+    """The table of `entries`, of the samples that changed since `known` with their headers read."""
+    samples = [_without_bytes(entry) if isinstance(entry, Fault) else entry for entry in entries]
     names = [_name(path, sample) for sample in samples]
     rows = {name: row for row, name in enumerate(known.names)} if known else {}
 
     def look_up(number: int) -> Header | str:
+        if isinstance(entry := entries[number], Fault):
+            return entry.reason
         media, row = samples[number].media, rows.get(names[number])
         if known and row is not None and (known.size[row], known.stamp[row]) == (media.size, media.stamp):
             return known.faults.get(row) or known.header(row)
@@ -177,6 +186,12 @@ def _table(
         found += pool.map(look_up, range(first, min(first + _AT_ONCE, len(samples))))
         advance(len(found) - first)
     return MediaTable.of(names, samples, found)
+
+
+def _without_bytes(fault: Fault) -> Sample:
+    """The row that tells of a fault."""
+    nothing = Extent(path=Path(fault.source), offset=0, size=0, stamp=0)
+    return Sample(key=fault.key, kind="image", source=fault.source, media=nothing, text=None, fields=None)
 
 
 def _name(path: Path, sample: Sample) -> str:

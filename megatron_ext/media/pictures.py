@@ -3,13 +3,17 @@
 import io
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 100_000_000  # a few kilobytes can claim gigapixels; the largest photographs have about this many
+
+# Editors write their history into a PNG, and presses profiles of megabytes. Pillow bounds such a chunk by 1 MiB and all
+# of a file together by 64 MiB, which no small file may claim here either.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 def decode_picture(data: bytes) -> np.ndarray:

@@ -12,7 +12,7 @@ from megatron_ext.media.cells import read_cell
 from megatron_ext.media.errors import MediaError
 
 KINDS = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"), "image"),
+    **dict.fromkeys(("jpg", "jpeg", "jpe", "jfif", "png", "webp", "avif", "bmp", "gif", "tif", "tiff"), "image"),
     **dict.fromkeys(("mp4", "m4v", "webm", "mkv", "mov", "avi"), "video"),
 }
 

@@ -192,7 +192,7 @@ def test_damaged_clips_are_a_media_error(folder):
             decode_frames(damaged, [40])
     with av.open(io.BytesIO((folder / "h264.mp4").read_bytes())) as container:
         raw = b"".join(map(bytes, bitstream_of(container)))
-    with pytest.raises(MediaError, match="not a readable clip"):
+    with pytest.raises(MediaError, match="no time stamp"):
         decode_frames(raw, [40])
 
 
@@ -242,6 +242,27 @@ def test_unreadable_headers_are_faults(tmp_path):
     faults = {Path(index[number].source).name: why for number, why in index.faults()}
     assert set(faults) == {"bad.jpg", "worse.mp4"}
     assert "not a readable picture" in faults["bad.jpg"] and "not a readable clip" in faults["worse.mp4"]
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar"])
+def test_what_listing_finds_unusable_is_skipped_and_named(folder, tmp_path, layout):
+    """As in tokenization: a second picture of a key, the end of a tar that is cut off."""
+    media = tmp_path / "media"
+    media.mkdir()
+    for name in ("a.jpg", "a.png", "b.jpg", "c.jpg"):
+        shutil.copy(folder / f"plain_{name[-3:]}.{name[-3:]}", media / name)
+    source, lost = media, {"a.png": "two media files of one key"}
+    if layout == "tar":
+        source, lost = pack(media, tmp_path / "shard.tar"), lost | {"c.jpg": "the tar is cut off"}
+        with tarfile.open(source) as tar:
+            end = tar.getmember("c.jpg").offset_data + 100
+        source.write_bytes(source.read_bytes()[:end])
+    for _ in range(2):  # read, then kept
+        index = build_index([str(source)], str(tmp_path / "index"), silent)
+        found = {index[number].source.removeprefix(f"{source}")[1:]: why for number, why in index.faults()}
+        assert set(found) == set(lost) and all(why in found[name] for name, why in lost.items())
+        usable = [index[number].key for number in range(len(index)) if index.height[number]]
+        assert usable == (["a", "b", "c"] if layout == "folder" else ["a", "b"])
 
 
 def test_patterns_name_folders_tars_and_media(folder, tmp_path):

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from megatron_ext.media import MediaError, decode_picture, pictures
 
@@ -68,3 +69,20 @@ def test_size_is_checked_before_the_pixels_are_decoded(monkeypatch):
 def test_formats_outside_the_list_are_refused():
     with pytest.raises(MediaError):
         decode_picture(encoded(Image.fromarray(GRADIENT), "PPM"))
+
+
+@pytest.mark.parametrize("size, is_read", [(2 << 20, True), (65 << 20, False)])
+def test_a_png_may_hold_long_texts_and_large_profiles(size, is_read):
+    texts = PngInfo()
+    texts.add_text("history", "x" * size, zip=True)
+    data = encoded(Image.fromarray(GRADIENT), pnginfo=texts, icc_profile=bytes(min(size, 4 << 20)))
+    if is_read:
+        assert (decode_picture(data) == GRADIENT).all()
+    else:
+        with pytest.raises(MediaError, match="too large"):
+            decode_picture(data)
+
+
+def test_an_avif_is_a_picture():
+    decoded = decode_picture(encoded(Image.new("RGB", (32, 24), (200, 40, 60)), "AVIF", quality=100))
+    assert decoded.shape == (24, 32, 3) and np.abs(decoded[12, 16].astype(int) - (200, 40, 60)).max() <= 3

@@ -134,7 +134,7 @@ def test_held_out_media(tmp_path, monkeypatch, capsys):
     damaged.mkdir()
     shutil.copy(held_out / "b.jpg", damaged)
     for inputs, told in (
-        (empty, "holds no picture and no clip"),
+        (empty, "holds no picture"),
         (tmp_path / "absent", "absent"),
         (damaged, r"media.valid_inputs = .*damaged.*: none of 1 samples can be used"),
     ):

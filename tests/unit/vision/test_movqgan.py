@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ext.config import InputError
-from megatron_ext.runtime.arithmetic import MULTIPLIERS
+from megatron_ext.runtime.arithmetic import MULTIPLIERS, full_fp32
 from megatron_ext.vision import (
     CodesOrigin,
     MoVQGAN,
@@ -118,23 +118,42 @@ def test_save_and_load_is_exact(tmp_path):
     assert loaded.identity != model.identity
 
 
-def test_codes_are_computed_in_full_fp32_and_the_identity_says_so(monkeypatch):
-    model = random_tokenizer()
-    pixels, clip = torch.rand(1, 3, 32, 32) * 2 - 1, torch.rand(1, 8, 3, 16, 16) * 2 - 1
-    expected, expected_clip, identity = model.encode(pixels), model.encode(clip), model.identity
-    seen = []
-    model.encoder.conv_in.register_forward_hook(lambda *_: seen.append([m.fp32_precision for m in MULTIPLIERS]))
-    model.decoder.conv_in.register_forward_hook(lambda *_: seen.append([m.fp32_precision for m in MULTIPLIERS]))
-    for multiplier, precision in zip(MULTIPLIERS, ("tf32", "tf32", "tf32", "bf16", "bf16"), strict=True):
-        monkeypatch.setattr(multiplier, "fp32_precision", precision)
-    assert torch.equal(model.encode(pixels), expected)
+COARSE = ("tf32", "tf32", "tf32", "bf16", "bf16")
+
+
+@pytest.fixture
+def coarse_process():
+    """A process that multiplies fp32 with few bits, as far as its device can."""
+    before = [multiplier.fp32_precision for multiplier in MULTIPLIERS]
+    for multiplier, precision in zip(MULTIPLIERS, COARSE, strict=True):
+        multiplier.fp32_precision = precision
+    yield
+    for multiplier, precision in zip(MULTIPLIERS, before, strict=True):
+        multiplier.fp32_precision = precision
+
+
+def precisions() -> tuple[str, ...]:
+    return tuple(multiplier.fp32_precision for multiplier in MULTIPLIERS)
+
+
+def test_codes_are_computed_in_full_fp32(coarse_process):
+    model, seen = random_tokenizer(), []
+    for half in (model.encoder, model.decoder):
+        half.conv_in.register_forward_hook(lambda *_: seen.append(precisions()))
+    clip = torch.rand(1, 8, 3, 16, 16) * 2 - 1
     stream = model.encode_stream(clip.split(4, dim=1))
-    codes = [next(stream)]
-    assert torch.backends.mkldnn.conv.fp32_precision == "bf16", "as the process wants it, between pieces too"
-    assert torch.equal(torch.cat([*codes, *stream], dim=1), expected_clip)
-    model.decode(expected)
-    assert len(seen) == 4 and all(set(precisions) == {"ieee"} for precisions in seen)
-    assert [m.fp32_precision for m in MULTIPLIERS] == ["tf32", "tf32", "tf32", "bf16", "bf16"]
+    first = next(stream)
+    assert precisions() == COARSE, "as the process wants it, between pieces too"
+    codes = torch.cat([first, *stream], dim=1)
+    with full_fp32():
+        assert torch.equal(codes, model.encode(clip))
+    model.decode(codes)
+    assert len(seen) == 4 and set(seen) == {("ieee",) * 5} and precisions() == COARSE
+
+
+def test_how_codes_are_computed_is_in_the_identity(monkeypatch):
+    model = random_tokenizer()
+    identity = model.identity
     monkeypatch.setitem(movqgan.ARITHMETIC, "products", "tf32")
     assert model.identity != identity
 
