@@ -1,4 +1,4 @@
-"""The shape of a vision tokenizer, under BAAI's names."""
+"""Shape of a vision tokenizer: what its weights and its codes follow from."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any

@@ -126,7 +126,7 @@ def edit_manifest(folder: Path, **changes) -> None:
         ({"vision": ["nowhere"]}, "nowhere/manifest.json is missing"),
         ({"text": ["nowhere/*.txt"]}, "matches no file"),
         ({"vision": [], "text": []}, "vision and text are both empty"),
-        ({"valid_fraction": 1.0}, "valid_fraction is 1.0"),
+        ({"valid_fraction": 1.0}, "valid_fraction 1.0: must be below 1"),
         ({"valid_fraction": 1e-9}, "valid would be empty: .* none of the 65 documents"),
     ],
 )

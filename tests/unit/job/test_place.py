@@ -60,7 +60,7 @@ def test_datasets_on_an_object_store_and_without_sidecar_are_left_to_the_run(wor
     shutil.copytree(workplace, tmp_path / "data")
     (tmp_path / "data" / "train.spans.npz").unlink()
     prefixes = f'[{{"prefix": "s3://bucket/train"}}, {{"prefix": "{tmp_path}/data/train"}}]'
-    check_place(configure(workplace, tmp_path / "run", "--data.train", prefixes), TWO)
+    check_place(configure(workplace, tmp_path / "run", "--data.train", prefixes, "--data.cache_dir", "cache"), TWO)
 
 
 @pytest.mark.parametrize(

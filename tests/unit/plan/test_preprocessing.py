@@ -68,7 +68,7 @@ def test_what_there_is_none_of_is_not_planned():
         make_plan(PlanConfig(clips=5, **RATES))
     with pytest.raises(InputError, match="task_hours 0"):
         PlanConfig(task_hours=0)
-    with pytest.raises(InputError, match="ids_per_second is -1"):
+    with pytest.raises(InputError, match="ids_per_second -1.0"):
         make_plan(PlanConfig(**{**RATES, "ids_per_second": -1.0}))
 
 
