@@ -23,7 +23,8 @@ Past = dict["CausalConv3d", Tensor]
 
 
 BAND_ELEMENTS = 1 << 18
-"""Numbers of a map whose squares are summed together: what stays in a core's cache."""
+"""Numbers of a map whose squares are summed together, at most an eighth of it: they are read again while they are in a
+core's cache, and cost no memory to speak of."""
 
 
 class Norm(nn.GroupNorm):
@@ -47,7 +48,7 @@ class Norm(nn.GroupNorm):
         mean_NC11 = self._per_group(exact.mean((2, 3)))
         normed = torch.empty_like(exact)
         squares_NC = exact.new_zeros(batch, channels)
-        rows = max(1, BAND_ELEMENTS // (batch * channels * width))
+        rows = max(1, min(BAND_ELEMENTS // (batch * channels * width), height // 8))
         for band, out in zip(exact.split(rows, 2), normed.split(rows, 2), strict=True):
             torch.sub(band, mean_NC11, out=out)
             squares_NC += out.square().sum((2, 3))
