@@ -51,7 +51,7 @@ def test_frames_are_limited_and_resized_as_they_come():
     assert numbers == [0, 1, 2, 3] and clip.frames_THWC.shape == (4, 16, 16, 3)
 
 
-@pytest.mark.parametrize("data", [b"", b"no clip", encoded(8, 10)[:300]])
+@pytest.mark.parametrize("data", [b"", b"no clip", encoded(8, 10)[:300]], ids=["empty", "text", "cut"])
 def test_damage_is_a_media_error(data):
     with pytest.raises(MediaError):
         frame_numbers(data)
