@@ -3,6 +3,7 @@
 The tables of `decoder` and `vision` say what becomes what. This module walks over parameters, some rows at a time.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +97,7 @@ def model_section(shape: DecoderShape) -> ModelConfig:
     Raises:
         InputError: an RMSNorm epsilon that the section cannot express.
     """
-    names = set(ModelConfig.__dataclass_fields__) - {"preset"}
+    names = {field.name for field in dataclasses.fields(ModelConfig)} - {"preset"}
     section = ModelConfig(**{name: getattr(shape, name) for name in names})
     built = DecoderShape.of(section)
     if built.layernorm_epsilon != shape.layernorm_epsilon:

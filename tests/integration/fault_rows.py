@@ -140,12 +140,14 @@ CONFIGURATION = {
     "no data": pretrain("--data.train []", "data.train is empty", "prefix"),
     "evaluation without data": pretrain("--train.eval_interval 2", "train.eval_interval 2", "data.valid"),
     "save interval 0": pretrain("--checkpoint.save_interval 0", "checkpoint.save_interval 0"),
-    "keep no checkpoint": pretrain("--checkpoint.keep 0", "checkpoint.keep is 0"),
+    "keep no checkpoint": pretrain("--checkpoint.keep 0", "checkpoint.keep 0: must be at least 1"),
     "half a recomputation": pretrain(
         "--parallel.recompute_granularity full", "recompute_granularity full", "recompute_method"
     ),
     "fp8 on a CPU": pretrain("--runtime.precision fp8 --runtime.device cpu", "runtime.precision is fp8", "bf16"),
-    "GPU asked for and absent": pretrain("--runtime.device cuda", "device is 'cuda'", "cpu or auto"),
+    "GPU asked for and absent": pretrain(
+        "--runtime.device cuda --runtime.precision bf16", "device is 'cuda'", "cpu or auto"
+    ),
     "heads and groups": pretrain(
         "--model.num_query_groups 3", "model.num_attention_heads 2", "model.num_query_groups 3"
     ),
@@ -180,7 +182,7 @@ DATA = {
         damage=other_vision_tokenizer,
     ),
     "weight 0 in the blend": pretrain(
-        '--data.train [{{"prefix":"{w}/train","weight":0}}]', "weight of train is 0", "leave the dataset out"
+        '--data.train [{{"prefix":"{w}/train","weight":0}}]', "data.train[0]: weight 0.0", "above 0"
     ),
     "nothing fits": pretrain(
         '--data.train [{{"prefix":"{w}/large"}}] --train.seq_length 4', "no document of", "large", "train.seq_length 4",
@@ -246,7 +248,7 @@ PREPROCESSING = {
 
 MEDIA = {
     "media missing": tokenize("--inputs [{w}/none]", "none", "is missing"),
-    "no media": tokenize("--inputs [{w}/codes]", "codes", "no picture and no clip"),
+    "no media": tokenize("--inputs [{w}/vision]", "vision", "no picture and no clip"),
     "tar of something else": tokenize("--inputs [{w}/text.model]", "text.model", "tar"),
     "two pictures of one key": tokenize(
         "--inputs [{w}/media]", "0.jpg", "0.png", "two media files", damage=write("media/0.jpg", b"x")

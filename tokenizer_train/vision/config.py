@@ -100,8 +100,8 @@ class CodebookConfig(Section, section="codebook"):
     """Batches whose latents k-means groups; 0 leaves the codes where they were initialised, which collapses from
     scratch and is for trained weights."""
 
-    kmeans_iterations: Count = 15
-    """Rounds of k-means."""
+    kmeans_iterations: Number = 15
+    """Rounds of k-means; 0 leaves the codes on the latents that were drawn for a start."""
 
     restart_interval: Number = 20
     """Codes that no latent chose in so many steps are moved onto random latents; 0 never."""
