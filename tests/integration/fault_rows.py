@@ -248,7 +248,7 @@ PREPROCESSING = {
 
 MEDIA = {
     "media missing": tokenize("--inputs [{w}/none]", "none", "is missing"),
-    "no media": tokenize("--inputs [{w}/vision]", "vision", "no picture and no clip"),
+    "no media": tokenize("--inputs [{w}/vision]", "vision", "no picture, no clip and no tar"),
     "tar of something else": tokenize("--inputs [{w}/text.model]", "text.model", "tar"),
     "two pictures of one key": tokenize(
         "--inputs [{w}/media]", "0.jpg", "0.png", "two media files", damage=write("media/0.jpg", b"x")
