@@ -59,7 +59,7 @@ def lines(folder: Path) -> list[dict]:
 
 def test_shipped_configuration_loads_and_suits_transformers():
     config = load(VisionTokenizerTrainingConfig, [f"--config={EXAMPLE}"])
-    assert config.media.size // config.model.spatial_factor == 16
+    assert config.media.size // config.model.spatial_factor == 12
     # transformers' class gives every attention the width of the last stage.
     assert all(config.model.widths[stage] == config.model.widths[-1] for stage in config.model.attn_resolutions)
 

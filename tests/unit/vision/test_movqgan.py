@@ -69,8 +69,8 @@ def test_still_computed_once_equals_repeating_it(training):
     model = random_tokenizer().train(training)
     pixels = torch.rand(3, 3, 24, 32) * 2 - 1
     still = model.latents(pixels)
-    # Measured difference 0.0 in evaluation and training mode.
-    torch.testing.assert_close(still, model.latents(pixels.unsqueeze(1).repeat(1, 4, 1, 1, 1)), rtol=0, atol=1e-6)
+    # Measured difference 0.0 with AVX-512, 1.0e-6 with AVX2, where the work is cut by the size of a batch.
+    torch.testing.assert_close(still, model.latents(pixels.unsqueeze(1).repeat(1, 4, 1, 1, 1)), rtol=0, atol=1e-5)
     torch.testing.assert_close(model.render_first_frame(still), model.render(still)[:, 0], rtol=0, atol=1e-5)
 
 
