@@ -80,7 +80,7 @@ def judge(dataset: DocumentDataset, workers: int, advance: Callable[[int], None]
         ids_N, length_D = read_run(dataset, begin, end)
         return begin, sweep.count(ids_N), sweep.faults(ids_N, length_D)
 
-    for begin, counts, faults in _in_order(of_run, runs(dataset.lengths), workers):
+    for begin, counts, faults in _in_order(of_run, runs(dataset.lengths, RUN_IDS), workers):
         total = _add(total, counts)
         wrong += len(faults)
         for number, violation in faults[: MOST_NAMED - len(first)]:
@@ -95,14 +95,14 @@ def count_ids(dataset: DocumentDataset, workers: int, advance: Callable[[int], N
     sweep = Sweep(dataset.vocabulary)
     total = IdCounts(0, 0, 0)
     step = -(-dataset.manifest.num_ids // COUNTED_IDS)
-    chosen = (run for number, run in enumerate(runs(dataset.lengths)) if number % step == 0)
+    chosen = (run for number, run in enumerate(runs(dataset.lengths, RUN_IDS)) if number % step == 0)
     for counts in _in_order(lambda *run: sweep.count(read_run(dataset, *run)[0]), chosen, workers):
         total = _add(total, counts)
         advance(sum(counts))
     return total
 
 
-def runs(lengths: np.ndarray, size: int = RUN_IDS) -> Iterator[tuple[int, int]]:
+def runs(lengths: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
     """[begin, end) of documents that together have about `size` ids; one alone may have more."""
     ends = np.cumsum(lengths, dtype=np.int64)
     begin = 0

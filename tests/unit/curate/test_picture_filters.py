@@ -96,9 +96,9 @@ def test_text_is_looked_for_where_the_verdict_hangs_on_it(mode, changes, wanted)
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"max_hash_distance": 9}, "max_hash_distance = 9: give 0 to 8, or null"),
-        ({"max_text": 5.0}, "max_text = 5.0: it is a share of the area"),
-        ({"text_shorter_edge": 10}, "give 64 pixels or more"),
+        ({"max_hash_distance": 9}, "max_hash_distance 9: must be at most 8, or null"),
+        ({"max_text": 5.0}, "max_text 5.0: must be at most 1"),
+        ({"text_shorter_edge": 10}, "text_shorter_edge 10: must be at least 64"),
         ({"drop_duplicates": False}, "set it to null as well"),
     ],
 )

@@ -181,7 +181,7 @@ def test_a_step_that_a_run_has_taken(workplace, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--step", "0"), "step is 0"),
+        (("--step", "0"), "step 0: must be at least 1"),
         (("--world_size", "2", "--data_rank", "2"), "data ranks 0..1"),
         (("--world_size", "3"), "global_batch_size 8 is not a multiple"),
     ],

@@ -18,7 +18,7 @@ def dataset(tmp_path, vocabulary, monkeypatch) -> DocumentDataset:
 
 
 def test_runs_cover_all_documents_once(dataset):
-    seen = list(runs(dataset.lengths))
+    seen = list(runs(dataset.lengths, 200))
     assert len(seen) > 20
     assert [begin for begin, _ in seen] == [0, *(end for _, end in seen[:-1])] and seen[-1][1] == len(dataset)
     ids_N, length_D = read_run(dataset, *seen[3])
