@@ -19,7 +19,7 @@ from megatron_ext.config.section import Number, Section, most
 from megatron_ext.curate.scenes import Span
 from megatron_ext.curate.spans import evenly_spaced
 from megatron_ext.media import MediaError
-from megatron_ext.media.frame import Frame, Orientation, faults
+from megatron_ext.media.frame import CONVERTING_THREADS, Frame, Orientation, faults
 from megatron_ext.media.samples import Extent
 from megatron_ext.media.video import Video
 
@@ -152,7 +152,7 @@ def _encodable(frame: Frame) -> av.VideoFrame:
     # RGB has no matrix, and gets the one that players take for what they know nothing of.
     matrix = Colorspace.ITU709 if decoded.format.is_rgb else None
     with faults():
-        source = decoded.reformat(format="yuv420p", dst_colorspace=matrix)
+        source = decoded.reformat(format="yuv420p", dst_colorspace=matrix, threads=CONVERTING_THREADS)
         height, width = source.height - source.height % 2, source.width - source.width % 2
         if frame.orientation == Orientation() and (height, width) == (source.height, source.width):
             return source

@@ -15,6 +15,7 @@ import scenedetect
 from megatron_ext.config.section import Count, NonNegative, Positive, Section
 from megatron_ext.curate.spans import cut_evenly
 from megatron_ext.media import MediaError
+from megatron_ext.media.frame import CONVERTING_THREADS
 from megatron_ext.media.video import CLOCK_SLACK, Video
 
 
@@ -103,7 +104,8 @@ def split(video: Video, scenes: ScenesConfig) -> list[Span]:
                 sizes.append((round(stored[0] * scale), round(stored[1] * scale)))
             height, width = sizes[0]  # of all frames, should the size change within the video
             stamps.append(frame.stamp)
-            yield frame.decoded.to_ndarray(format="bgr24", width=width, height=height, interpolation="AREA")
+            how = {"width": width, "height": height, "interpolation": "AREA", "threads": CONVERTING_THREADS}
+            yield frame.decoded.to_ndarray(format="bgr24", **how)
 
     timeline = video.timeline
     cuts = find_cuts(small_frames(), timeline.frame_rate, scenes)

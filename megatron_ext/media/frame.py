@@ -16,6 +16,10 @@ from megatron_ext.config import reason_of
 from megatron_ext.media.errors import MediaError
 from megatron_ext.media.pictures import MAX_PIXELS
 
+CONVERTING_THREADS = 1
+"""Of FFmpeg's conversion of pixels, which takes as many as there are cores by default: decoding processes share those,
+and a process that was forked while a frame lived would wait for ever, when it frees it, for threads that it lacks."""
+
 
 @contextlib.contextmanager
 def faults() -> Iterator[None]:
@@ -93,6 +97,7 @@ class Frame:
         if shorter_edge is not None and min(height, width) > shorter_edge:
             scale = shorter_edge / min(height, width)
             height, width, filter_name = round(height * scale), round(width * scale), "AREA"
+        how = {"width": width, "height": height, "interpolation": filter_name, "threads": CONVERTING_THREADS}
         with faults():
-            pixels = self.decoded.to_ndarray(format="rgb24", width=width, height=height, interpolation=filter_name)
+            pixels = self.decoded.to_ndarray(format="rgb24", **how)
         return np.ascontiguousarray(self.orientation.apply(pixels))
