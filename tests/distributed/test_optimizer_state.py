@@ -80,6 +80,13 @@ def expected_settings(change: dict) -> tuple[set, set]:
     return {(optim.adam_beta1, optim.adam_beta2, optim.adam_eps)}, {2}
 
 
+def _leave_out_buckets(path: Path) -> None:
+    """As checkpoints were before the repair."""
+    manifest = json.loads(path.read_text())
+    del manifest["metadata"]["gradient_buckets"]
+    path.write_text(json.dumps(manifest))
+
+
 def contradictory(folder: Path) -> tuple:
     """What a save without the repair comes to; the checkpoint that it would have left, resumed from and begun with."""
     from megatron_ext.checkpoint import decoder
@@ -94,9 +101,7 @@ def contradictory(folder: Path) -> tuple:
         left = (folder / "checkpoints").exists()
         patch.setattr(decoder, "contradiction", lambda *arguments: None)
         source = run.checkpoint.save(2, {"step": 2})
-        manifest = json.loads((source / "manifest.json").read_text())
-        del manifest["metadata"]["gradient_buckets"]
-        run.topology.from_main(lambda: (source / "manifest.json").write_text(json.dumps(manifest)))
+        run.topology.from_main(lambda: _leave_out_buckets(source / "manifest.json"))
     refusals = []
     with training(folder, BUCKETS, precision="bf16") as run:
         for load in (run.checkpoint.load_latest, lambda: run.checkpoint.load_initial(source, with_optimizer=True)):
