@@ -47,8 +47,8 @@ test-gpu: $(INSTALLED) ## the tests that need a GPU
 	@nvidia-smi -L || { echo "error: make test-gpu needs a GPU; nvidia-smi finds none" >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu
 
-test-slurm: $(INSTALLED) ## the scripts in slurm/ under real Slurms, which this starts and ends
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest --numprocesses 4 --dist loadgroup -m slurm tests/slurm
+test-slurm: $(INSTALLED) ## the scripts in slurm/ under a real Slurm, which this starts and ends
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -m slurm tests/slurm
 
 mutants: $(INSTALLED) ## plant known bugs one by one: does a test catch each? ONLY='part of a name' picks some
 	$(BIN)/python -m tests.mutants $(if $(ONLY),"$(ONLY)")
