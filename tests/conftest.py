@@ -64,6 +64,12 @@ SLOW = {"distributed", "integration", "mutants", "parity"}
 """Folders that `make test-fast` leaves out; elsewhere the tests say it themselves."""
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument. Both workers must find the same names, and what is compressed or encoded while
+    a module is imported holds the time, or a number drawn."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist, and the choice by marks, read them in this hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist, a file stays together, for its fixtures' sake, and all that use ranks are one group: those
