@@ -24,11 +24,9 @@ from megatron_ext.runtime import Topology
 from megatron_ext.runtime.precision import settle_precision
 from tokenizer_train.vision import data
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
-from tokenizer_train.vision.data import TrainingMedia
 from tokenizer_train.vision.optimizer import NetworkOptimizer
-from tokenizer_train.vision.parallel import Replicas
 from tokenizer_train.vision.start import initial_tokenizer
-from tokenizer_train.vision.step import TrainStep
+from tokenizer_train.vision.trial import trial_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +52,11 @@ WARM_UP = 3
 
 def turn(config: VisionTokenizerTrainingConfig, topology: Topology, steps: int) -> float:
     """Median seconds of a step with new media and decoding threads."""
-    media = TrainingMedia(
-        config.media,
-        seed=config.train.seed,
-        chunk_frames=config.model.temporal_downsample_factor,
-        spatial_factor=config.model.spatial_factor,
-    )
-    with contextlib.closing(media):
-        start = initial_tokenizer(config)
-        model = start.model.train()
-        optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
-        train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
+    with trial_steps(config, topology) as trial:
         seconds = []
         for step in range(1, WARM_UP + steps + 1):
             started = time.perf_counter()
-            train_step.run(config.codebook.start_step + 1 + step)
+            trial.run(config.codebook.start_step + 1 + step)
             seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[WARM_UP:])
 

@@ -6,7 +6,6 @@ The steps are the trainings' own, on the same media and on windows of random ids
 says how many seconds a step of each training takes, and how many a program takes to start.
 """
 
-import contextlib
 import json
 import os
 import statistics
@@ -33,11 +32,7 @@ from megatron_ext.runtime.faults import is_told_here
 from megatron_ext.train import MicrobatchRunner
 from megatron_ext.vocab import VocabLayout
 from tokenizer_train.vision.config import VisionTokenizerTrainingConfig
-from tokenizer_train.vision.data import TrainingMedia
-from tokenizer_train.vision.optimizer import NetworkOptimizer
-from tokenizer_train.vision.parallel import Replicas
-from tokenizer_train.vision.start import initial_tokenizer
-from tokenizer_train.vision.step import TrainStep
+from tokenizer_train.vision.trial import trial_steps
 
 STEPS = 5
 """Steps of each training that are timed, after one that is not: memory is taken in it."""
@@ -84,19 +79,9 @@ def tokenizer_step(config: VisionTokenizerTrainingConfig) -> float:
     runtime = RuntimeConfig(device="cpu", precision=config.train.precision, num_threads=len(os.sched_getaffinity(0)))
     with Topology.alone(runtime) as topology:
         config = replace(config, train=replace(config.train, precision=topology.precision.name))
-        media = TrainingMedia(
-            config.media,
-            seed=config.train.seed,
-            chunk_frames=config.model.temporal_downsample_factor,
-            spatial_factor=config.model.spatial_factor,
-        )
-        with contextlib.closing(media):
-            start = initial_tokenizer(config)
-            model = start.model.train()
-            optimizer = NetworkOptimizer(model, config.optim, config.train.train_steps, units=start.units)
-            train_step = TrainStep(config, model, optimizer, media, Replicas(topology))
-            quantized = config.codebook.start_step + 2  # the step before places the codes
-            return median_seconds(lambda number: train_step.run(quantized + number))
+        quantized = config.codebook.start_step + 2  # the step before places the codes
+        with trial_steps(config, topology) as steps:
+            return median_seconds(lambda number: steps.run(quantized + number))
 
 
 def decoder_step(config: RunConfig, layout: VocabLayout) -> float | None:

@@ -24,6 +24,7 @@ from megatron_ext.data.manifest import (
     BESIDE_IDS,
     FORMAT_VERSION,
     Manifest,
+    blocks,
     dataset_path,
     discard,
     file_facts,
@@ -40,7 +41,6 @@ from megatron_ext.vocab import DocumentError, Vocabulary, decode_document, segme
 PIECE_IDS = 1 << 26
 """Ids of a piece, about: a minute's work at most is done again."""
 
-_BLOCK = 8 << 20  # bytes
 _VERSION = 1
 
 
@@ -198,11 +198,10 @@ class Adoption:
     def _hash(self) -> tuple[dict[str, int | str], int]:
         """Facts of the .bin, and how many of its ids are visual."""
         digest, size, visual = hashlib.sha256(), 0, 0
-        with dataset_path(self.prefix, ".bin").open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-                visual += np.count_nonzero(self.vocabulary.layout.is_visual(np.frombuffer(block, np.int32)))
+        for block in blocks(dataset_path(self.prefix, ".bin")):
+            digest.update(block)
+            size += len(block)
+            visual += np.count_nonzero(self.vocabulary.layout.is_visual(np.frombuffer(block, np.int32)))
         return {"bytes": size, "sha256": digest.hexdigest()}, int(visual)
 
     def _prepare(self, sidecars: list[Path], ids: dict[str, int | str], visual: int) -> Manifest:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ FORMAT_VERSION = 1
 
 FILES = (".bin", ".idx", ".spans.npz")
 """The files whose size and hash the manifest holds."""
+
+BLOCK_BYTES = 8 << 20
+"""Of a file that is read piece by piece: a multiple of an id's four bytes."""
 
 _PARTIAL = ".partial"
 _ALL = (".vocabulary", ".bin", ".spans.npz", ".manifest.json", ".idx")  # in the order they appear
@@ -129,6 +132,13 @@ def is_whole(prefix: Path) -> bool:
         return all(dataset_path(prefix, name).stat().st_size == manifest.files[name]["bytes"] for name in FILES)
     except (InputError, OSError, KeyError):
         return False
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file of any size, piece by piece."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            yield block
 
 
 def file_facts(path: Path) -> dict[str, int | str]:

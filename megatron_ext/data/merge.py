@@ -19,6 +19,7 @@ from megatron_ext.data.manifest import (
     FILES,
     FORMAT_VERSION,
     Manifest,
+    blocks,
     dataset_path,
     discard,
     file_facts,
@@ -36,8 +37,6 @@ from megatron_ext.data.preprocess import (
 )
 from megatron_ext.data.sidecar import Sidecar, write_sidecar
 from megatron_ext.files import writing
-
-_BLOCK = 8 << 20  # bytes
 
 
 class Each(Sequence):
@@ -220,10 +219,9 @@ def _content(prefix: Path, manifest: Manifest) -> Iterator[bytes]:
     """The ids of a dataset, in blocks, compared with its manifest's hash."""
     digest = hashlib.sha256()
     path = dataset_path(prefix, ".bin")
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            yield block
+    for block in blocks(path):
+        digest.update(block)
+        yield block
     if digest.hexdigest() != manifest.files[".bin"]["sha256"]:
         raise InputError(f"{path} does not have its manifest's sha256: it is damaged, preprocess the data again")
 

@@ -1,12 +1,10 @@
 """The program that curates pictures, from files to verdicts, lists, tars and the page."""
 
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 from pathlib import Path
 
@@ -23,20 +21,12 @@ from megatron_ext.curate.pictures import clip_square
 from megatron_ext.curate.text import text_share
 from megatron_ext.media import decode_picture, list_samples
 from tests.support.small_clip import SIDE, head_weights, plain_scores, save_clip
+from tests.support.tars import write_tar
 from tests.unit.curate.drawn import clouds, encoded, lines
 from tools.curate_images import main
 
 ROOT = Path(__file__).parents[3]
 SMALL = ["--filters.min_side", "64", "--workers", "0"]
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def rows_of(output: Path) -> dict[str, dict]:

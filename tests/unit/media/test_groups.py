@@ -1,13 +1,12 @@
 """Which files make a sample, and what a folder holds."""
 
-import io
 import os
-import tarfile
 
 import pytest
 
 from megatron_ext.config import InputError
 from megatron_ext.media import Fault, MediaError, list_samples, listing_of, parts_of
+from tests.support.tars import write_tar
 from tests.support.without_rights import open_folder, without_rights
 
 
@@ -15,16 +14,6 @@ def folder_of(path, files):
     for name, content in files.items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
-    return path
-
-
-def tar_of(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
     return path
 
 
@@ -44,7 +33,7 @@ MANY = {"m0.jpg": b"the picture", "m0.left.jpg": b"left", "m0.right.jpg": b"r", 
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("write", [folder_of, tar_of])
+@pytest.mark.parametrize("write", [folder_of, write_tar])
 def test_beside_a_picture_others_of_its_key_are_something_else(tmp_path, write, order):
     path = write(tmp_path / "a.tar", dict(list(MANY.items())[::order]))
     assert samples(path) == [("m0", b"the picture", "cap")]
@@ -52,7 +41,7 @@ def test_beside_a_picture_others_of_its_key_are_something_else(tmp_path, write, 
 
 def test_of_several_pictures_of_a_key_alone_a_tar_has_one_sample_a_folder_several(tmp_path):
     files = {name: content for name, content in MANY.items() if name != "m0.jpg"} | {"m0.seg.txt": b"of the mask"}
-    path = tar_of(tmp_path / "a.tar", files)
+    path = write_tar(tmp_path / "a.tar", files)
     used, *faults = samples(path)
     assert used == ("m0", b"left", "cap")
     assert faults == [("m0", f"two media files of one key: {path}:m0.left.jpg is used")] * 2
@@ -143,7 +132,7 @@ def test_a_folder_that_cannot_be_searched_is_named():
 def test_the_tars_of_a_folder_are_read(tmp_path):
     shards = tmp_path / "shards"
     for number in range(2):
-        tar_of(shards / "deep" / f"0000{number}.tar", {f"{number}.jpg": b"x", f"{number}.txt": b"cap"})
+        write_tar(shards / "deep" / f"0000{number}.tar", {f"{number}.jpg": b"x", f"{number}.txt": b"cap"})
         (shards / "deep" / f"0000{number}_stats.json").write_text("{}")
     (shards / "00000.parquet").write_bytes(b"img2dataset's own")
     (shards / "._00000.jpg").write_bytes(b"of a Mac")
